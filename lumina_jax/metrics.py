@@ -1,0 +1,140 @@
+"""What a run says of itself: losses, speed, and how much of the machine it uses.
+
+    images_per_second    over the wall time since the line before
+    mfu                  model FLOPs a second (analytic, no recomputation) over the devices' peak
+    input_wait           part of the time that the loop stood waiting for data
+    loss_bins/00 .. 19   mean loss in twenty equal bins of t, since the line before
+"""
+
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+from absl import logging
+from etils import epath
+
+# Peak bfloat16 FLOP/s of one device, from the makers' data sheets. The key is part of device_kind.
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float:
+    """Peak FLOP/s of one device: published where known, else measured on a matrix product."""
+    for kind, peak in _PEAK_FLOPS.items():
+        if kind in device.device_kind:
+            return peak
+    size = 1024
+    matrix = jax.device_put(jnp.ones((size, size)), device)
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()
+    seconds = min(_seconds(lambda: product(matrix, matrix).block_until_ready()) for _ in range(5))
+    # Emulated devices share the processor whose whole speed was measured.
+    peak = 2 * size**3 / seconds / jax.local_device_count()
+    logging.info("No published peak for %s; measured %.3g FLOP/s.", device.device_kind, peak)
+    return peak
+
+
+def _seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class Meter:
+    """Gathers the steps between two lines of the log.
+
+    Args:
+      batch_size: Pictures in a step.
+      flops_per_step: Of the model, see `next_dit.forward_flops`.
+      peak: FLOP/s of all devices together.
+    """
+
+    def __init__(self, *, batch_size: int, flops_per_step: float, peak: float):
+        self._batch_size = batch_size
+        self._flops_per_step = flops_per_step
+        self._peak = peak
+        self._start()
+
+    def _start(self):
+        self._steps: list[dict[str, np.ndarray]] = []
+        self._input_wait = 0.0
+        self._since = time.perf_counter()
+
+    def add_input_wait(self, seconds: float) -> None:
+        self._input_wait += seconds
+
+    def exclude(self, seconds: float) -> None:
+        """Leaves out time that was not training, such as drawing sample pictures."""
+        self._since += seconds
+
+    def add(self, step_metrics: dict[str, Any]) -> float:
+        """Takes the metrics of one step off the device, which waits for it; returns its loss."""
+        step_metrics = {name: np.asarray(value) for name, value in step_metrics.items()}
+        self._steps.append(step_metrics)
+        return float(step_metrics["loss"])
+
+    def flush(self) -> dict[str, float]:
+        """The scalars of the steps since the last call."""
+        seconds, steps = time.perf_counter() - self._since, self._steps
+        scalars: dict[str, float] = {}
+        for name in steps[0]:
+            values = np.stack([step[name] for step in steps])
+            if name.endswith("_bins_sum"):
+                scalars |= _bin_means(name.removesuffix("_sum"), values, steps)
+            elif not name.endswith("_bins_count"):
+                scalars[name] = float(values.mean())
+        scalars["steps_per_second"] = len(steps) / seconds
+        scalars["images_per_second"] = len(steps) * self._batch_size / seconds
+        scalars["mfu"] = len(steps) * self._flops_per_step / seconds / self._peak
+        scalars["input_wait"] = self._input_wait / seconds
+        self._start()
+        return scalars
+
+
+def _bin_means(name, sums, steps):
+    sums = sums.sum(axis=0)
+    counts = sum(step[f"{name}_count"] for step in steps)
+    return {f"{name}/{i:02d}": float(sums[i] / counts[i]) for i in np.flatnonzero(counts)}
+
+
+class Writer:
+    """Writes scalars as JSON lines and for TensorBoard; only on the first process."""
+
+    def __init__(self, workdir: str):
+        self._active = jax.process_index() == 0
+        if self._active:
+            path = epath.Path(workdir)
+            path.mkdir(parents=True, exist_ok=True)
+            self._path = path / "metrics.jsonl"
+            self._lines = self._path.read_text() if self._path.exists() else ""
+            self._board = tensorboardX.SummaryWriter(str(path / "tensorboard"))
+
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
+        if self._active:
+            line = {"step": step} | {k: float(f"{v:.6g}") for k, v in scalars.items()}
+            self._lines += json.dumps(line) + "\n"
+            # Whole, because a bucket knows no appending; a long run's lines are a few megabytes.
+            self._path.write_text(self._lines)
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """An RGB picture, uint8 [H, W, 3]."""
+        if self._active:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._active:
+            self._board.close()

@@ -1,0 +1,217 @@
+"""Unified Next-DiT, the backbone of Lumina-Image 2.0 (arXiv 2503.21758, section 3.1).
+
+Caption and image are refined apart, then joined in one sequence of fixed layout,
+[caption slots | image slots], through which every later block attends freely. Attention knows
+order only by position and padding only by mask, so this equals the reference's ragged packing and
+lets pictures of any shape share a batch and a compiled program.
+
+Axes: B batch, S caption slots, N image slots, T = S + N, D model width, P numbers in a patch,
+F text features.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from lumina_jax.errors import InputError
+from lumina_jax.models import rope
+from lumina_jax.models.blocks import FinalLayer, TransformerBlock
+from lumina_jax.models.embed import CaptionEmbedder, TimestepEmbedder
+from lumina_jax.models.stack import REMAT_POLICIES, scan_blocks, stack_blocks
+from lumina_jax.types import ImageTokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextDiTConfig:
+    """Sizes of the network. Every field is a key of `config.model`; presets below."""
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    hidden_dim: int
+    axes_dims: tuple[int, ...]
+    num_refiner_layers: int = 2
+    in_channels: int = 16
+    patch_size: int = 2
+    cap_feat_dim: int = 2304
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    dtype: str = "bfloat16"
+    remat: str = "full"
+
+    def __post_init__(self):
+        object.__setattr__(self, "axes_dims", tuple(self.axes_dims))
+        faults = []
+        for name in ("num_layers", "num_refiner_layers"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name}={getattr(self, name)} must be at least 1")
+        if self.dim % self.num_heads:
+            low = self.dim // self.num_heads * self.num_heads
+            faults.append(
+                f"dim={self.dim} is not a multiple of num_heads={self.num_heads}; the nearest "
+                f"that are: {low} and {low + self.num_heads}"
+            )
+        elif sum(self.axes_dims) != self.head_dim:
+            faults.append(
+                f"axes_dims={self.axes_dims} sum to {sum(self.axes_dims)}, not to dim / num_heads "
+                f"= {self.head_dim}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            faults.append(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if len(self.axes_dims) != 3 or any(dim % 2 for dim in self.axes_dims):
+            faults.append(f"axes_dims={self.axes_dims} must be three even numbers")
+        if self.remat not in REMAT_POLICIES:
+            faults.append(f"remat={self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            faults.append(f"dtype={self.dtype!r} is not one of float32, bfloat16")
+        if faults:
+            raise InputError("config.model: " + "; ".join(faults) + ".")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "NextDiTConfig":
+        """The sizes of a named model, with `changes` over them."""
+        if name not in PRESETS:
+            raise InputError(f"model.preset={name!r} is not one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch_size**2 * self.in_channels
+
+    @property
+    def cond_dim(self) -> int:
+        return min(self.dim, 1024)
+
+
+# The official factories (their model.py); only 2b has released weights. `tiny` is ours: it learns
+# a hundred pictures on a laptop.
+PRESETS = {
+    "tiny": dict(
+        dim=128, num_layers=4, num_refiner_layers=1, num_heads=4, num_kv_heads=2, hidden_dim=512,
+        axes_dims=(8, 12, 12),
+    ),
+    "2b": dict(
+        dim=2304, num_layers=26, num_heads=24, num_kv_heads=8, hidden_dim=9216,
+        axes_dims=(32, 32, 32),
+    ),
+    "3b": dict(
+        dim=2592, num_layers=30, num_heads=24, num_kv_heads=8, hidden_dim=10496,
+        axes_dims=(36, 36, 36),
+    ),
+    "4b": dict(
+        dim=2880, num_layers=32, num_heads=24, num_kv_heads=8, hidden_dim=11520,
+        axes_dims=(40, 40, 40),
+    ),
+    "7b": dict(
+        dim=3840, num_layers=32, num_heads=32, num_kv_heads=8, hidden_dim=15360,
+        axes_dims=(40, 40, 40),
+    ),
+}  # fmt: skip
+
+
+class NextDiT(nnx.Module):
+    """Predicts the velocity of noisy latents, given their time and a caption."""
+
+    def __init__(self, cfg: NextDiTConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.x_embedder = nnx.Linear(
+            cfg.patch_dim,
+            cfg.dim,
+            kernel_init=nnx.initializers.xavier_uniform(),
+            dtype=cfg.dtype,
+            rngs=rngs,
+        )
+        self.t_embedder = TimestepEmbedder(cfg, rngs=rngs)
+        self.cap_embedder = CaptionEmbedder(cfg, rngs=rngs)
+
+        def block(rngs):
+            return TransformerBlock(cfg, rngs=rngs)
+
+        def caption_block(rngs):
+            return TransformerBlock(cfg, modulated=False, rngs=rngs)
+
+        self.context_refiner = stack_blocks(caption_block, cfg.num_refiner_layers, rngs=rngs)
+        self.noise_refiner = stack_blocks(block, cfg.num_refiner_layers, rngs=rngs)
+        self.layers = stack_blocks(block, cfg.num_layers, rngs=rngs)
+        self.final_layer = FinalLayer(cfg, rngs=rngs)
+
+    def __call__(
+        self,
+        image: ImageTokens,
+        t: Float[Array, " B"],
+        cap_feats: Float[Array, "B S F"],
+        cap_mask: Bool[Array, "B S"],
+    ) -> Float[Array, "B N P"]:
+        """The velocity of each image token, float32; at padding it means nothing."""
+        cfg = self.cfg
+        positions = rope.position_ids(cap_mask, image.rows, image.columns)
+        cap_freqs, image_freqs = (
+            rope.frequencies(ids, cfg.axes_dims, cfg.rope_theta) for ids in positions
+        )
+        cap_segments, image_segments = cap_mask.astype(jnp.int32), image.mask.astype(jnp.int32)
+
+        cond = self.t_embedder(t)
+        x = self.cap_embedder(cap_feats)
+        caption = scan_blocks(self.context_refiner, x, cap_segments, cap_freqs, remat=cfg.remat)
+        x = self.x_embedder(image.tokens)
+        x = scan_blocks(self.noise_refiner, x, image_segments, image_freqs, cond, remat=cfg.remat)
+
+        def join(caption, image):
+            return jnp.concatenate([caption, image], axis=1)
+
+        segments, freqs = join(cap_segments, image_segments), jax.tree.map(join, cap_freqs, image_freqs)
+        x = scan_blocks(self.layers, join(caption, x), segments, freqs, cond, remat=cfg.remat)
+        return self.final_layer(x[:, caption.shape[1] :], cond).astype(jnp.float32)
+
+
+def init_params(cfg: NextDiTConfig, key: jax.Array) -> dict:
+    """Fresh parameters as nested dicts; under `jax.jit` with shardings no device holds them whole."""
+    return nnx.to_pure_dict(nnx.state(NextDiT(cfg, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def abstract_params(cfg: NextDiTConfig) -> dict:
+    """Shapes and types of the parameters; no memory is taken."""
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+
+
+def make_forward(cfg: NextDiTConfig):
+    """Returns `forward(params, image, t, cap_feats, cap_mask) -> velocity`, a pure function."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: NextDiT(cfg, rngs=nnx.Rngs(0))))
+
+    def forward(params, image, t, cap_feats, cap_mask):
+        return nnx.merge(graphdef, params)(image, t, cap_feats, cap_mask)
+
+    return forward
+
+
+def forward_flops(cfg: NextDiTConfig, num_image_tokens: int, num_caption_tokens: int) -> int:
+    """Floating-point operations of one picture's forward pass (a multiply-add is two).
+
+    Counts the matrix products that the model asks for: no recomputation, no padding of kernels.
+    A training step asks for three times as many.
+    """
+    kv_dim = cfg.num_kv_heads * cfg.head_dim
+    per_token = 2 * (2 * cfg.dim * cfg.dim + 2 * cfg.dim * kv_dim + 3 * cfg.dim * cfg.hidden_dim)
+
+    def block(tokens):
+        return tokens * per_token + 4 * tokens * tokens * cfg.dim
+
+    modulated = cfg.num_layers + cfg.num_refiner_layers
+    return (
+        cfg.num_layers * block(num_image_tokens + num_caption_tokens)
+        + cfg.num_refiner_layers * (block(num_image_tokens) + block(num_caption_tokens))
+        + 2 * num_image_tokens * cfg.patch_dim * cfg.dim * 2
+        + 2 * num_caption_tokens * cfg.cap_feat_dim * cfg.dim
+        + 2 * cfg.cond_dim * cfg.dim * (4 * modulated + 1)
+        + 2 * cfg.cond_dim * (2 * TimestepEmbedder.num_frequencies + cfg.cond_dim)
+    )

@@ -1,0 +1,72 @@
+"""What every frozen text encoder looks like, and the table of those there are.
+
+The encoder turns captions into `cap_feats` in two halves, because they run in different places:
+
+    tokenize   strings -> ids, on the host, in the threads of the loader
+    encode     ids -> features, on the accelerator, in a jitted program of its own
+
+The weights are an argument of `encode`. Closed over instead, they would be copied into the compiled
+program as constants and could be neither sharded nor shared:
+
+    encode = jax.jit(encoder.encode)
+    params = jax.device_put(encoder.params, sharding)
+    cap_feats = encode(params, *encoder.tokenize(captions))
+
+Axes: n captions, B batch, S = max_tokens caption slots, F = feature_dim.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32, PyTree
+
+from lumina_jax.errors import InputError
+from lumina_jax.models.use import UniversalSentenceEncoder
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """A frozen encoder of captions.
+
+    Attributes:
+      feature_dim: F, the width of the features, which is the model's `cap_feat_dim`.
+      max_tokens: S, the caption slots of every batch; longer captions are cut.
+      num_truncated: captions cut so far by this object in this process.
+    """
+
+    feature_dim: int
+    max_tokens: int
+    num_truncated: int
+
+    @property
+    def params(self) -> PyTree:
+        """The weights, loaded at the first use."""
+        ...
+
+    def tokenize(
+        self, captions: Sequence[str]
+    ) -> tuple[Int32[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
+        """Ids and their mask, padded on the right; safe to call from many threads.
+
+        Every caption has a valid token, the empty one too: "" is the unconditional input.
+        """
+        ...
+
+    def encode(
+        self, params: PyTree, token_ids: Int32[Array, "B S"], token_mask: Bool[Array, "B S"]
+    ) -> Float[Array, "B S F"]:
+        """The features of each slot, zero where the mask is false. Pure, made to be jitted."""
+        ...
+
+
+_ENCODERS: dict[str, Callable[..., TextEncoder]] = {"use": UniversalSentenceEncoder}
+
+
+def make_text_encoder(kind: str, *, max_tokens: int) -> TextEncoder:
+    """The encoder that a config names."""
+    if kind not in _ENCODERS:
+        raise InputError(
+            f"No text encoder is called {kind!r}; choose one of: {', '.join(sorted(_ENCODERS))}."
+        )
+    return _ENCODERS[kind](max_tokens=max_tokens)

@@ -1,0 +1,140 @@
+"""The picture of a run, drawn from the `metrics.jsonl` that it writes.
+
+One large panel, the loss against the step, and three small ones: the learning rate, the norm of the
+gradient, and the loss against t (0 is noise, 1 is data), where a fault of the flow shows first.
+"""
+
+import io
+import json
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from lumina_jax.errors import InputError
+
+_LINE, _RAW, _GRID, _FAINT = "#2563a8", "#a9c6e4", "#ececec", "#757575"
+
+
+def loss_curve(metrics_path: epath.PathLike, output_path: epath.PathLike) -> None:
+    """Draws the run as a PNG, aside first: the path never holds half a picture."""
+    metrics = read_metrics(metrics_path)
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    panels = figure.subplot_mosaic(
+        [["loss", "rate", "norm"], ["loss", "bins", "bins"]], width_ratios=[2.4, 1, 1]
+    )
+    _plot_loss(panels["loss"], metrics)
+    _plot_small(panels["rate"], metrics, "learning_rate", "learning rate")
+    _plot_small(panels["norm"], metrics, "grad_norm", "gradient norm")
+    _plot_bins(panels["bins"], metrics)
+    for panel in panels.values():
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color=_GRID)
+        panel.set_axisbelow(True)
+        panel.tick_params(labelsize=8)
+
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    path = epath.Path(output_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f"{path.name}.partial"
+    aside.write_bytes(png.getvalue())
+    aside.replace(path)
+
+
+def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
+    """The scalars of each step, in order; of a step that a resumed run repeats, the last ones."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise InputError(
+            f"There is no {path}. Give the workdir of a run that has logged at least one step; "
+            "training writes metrics.jsonl there."
+        )
+    metrics = {}
+    lines = path.read_text().split("\n")
+    # What follows the last line break is empty, or half of a line that is being written right now.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            scalars = json.loads(line)
+            metrics[int(scalars.pop("step"))] = scalars
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"Line {number} of {path} is not a JSON object with a step: {line[:80]!r}. "
+                "Delete the line."
+            ) from error
+    if not any("loss" in scalars for scalars in metrics.values()):
+        raise InputError(
+            f"{path} holds no loss yet; wait until the run has logged its first step."
+        )
+    return dict(sorted(metrics.items()))
+
+
+def smooth(values: Float[np.ndarray, " N"], width: int) -> Float[np.ndarray, " N"]:
+    """The mean over `width` neighbours, fewer at the ends; it leaves out what is not finite."""
+    finite = np.isfinite(values)
+    kernel = np.ones(width)
+    sums = np.convolve(np.where(finite, values, 0.0), kernel, mode="full")
+    counts = np.convolve(finite.astype(float), kernel, mode="full")
+    middle = slice((width - 1) // 2, (width - 1) // 2 + len(values))
+    with np.errstate(invalid="ignore"):  # nothing finite nearby: 0 / 0, a gap in the line
+        return sums[middle] / counts[middle]
+
+
+def _series(metrics, name) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(step, scalars[name]) for step, scalars in metrics.items() if name in scalars]
+    steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def _plot_loss(panel, metrics) -> None:
+    steps, values = _series(metrics, "loss")
+    smoothed = smooth(values, 1 + len(values) // 40)
+    panel.plot(steps, values, color=_RAW, linewidth=0.8, label="logged")
+    panel.plot(steps, smoothed, color=_LINE, linewidth=2, label="smoothed")
+    finite = values[np.isfinite(values)]
+    if len(finite):
+        # The first steps and single spikes would press the rest of the curve flat.
+        low, high = finite.min(), max(np.percentile(finite, 99), np.nanmax(smoothed[1:], initial=0))
+        panel.set_ylim(low - 0.05 * (high - low + 1e-9), high + 0.1 * (high - low + 1e-9))
+    panel.set_xlabel("step")
+    panel.set_ylabel("loss")
+    panel.legend(frameon=False)
+    panel.set_title(_summary(metrics, steps, smoothed), loc="left", fontsize=10, color=_FAINT)
+
+
+def _summary(metrics, steps, smoothed) -> str:
+    """Where the run stands; speeds are medians, which a pause does not move."""
+    parts = [f"step {steps[-1]:,.0f}", f"loss {smoothed[-1]:.4f}"]
+    for name, form in (
+        ("images_per_second", "{:,.0f} images/s"),
+        ("mfu", "MFU {:.1%}"),
+        ("input_wait", "waiting for input {:.1%}"),
+    ):
+        _, values = _series(metrics, name)
+        if len(values):
+            parts.append(form.format(np.median(values)))
+    return "   ".join(parts)
+
+
+def _plot_small(panel, metrics, name, title) -> None:
+    panel.plot(*_series(metrics, name), color=_LINE, linewidth=1.2)
+    panel.set_title(title, loc="left", fontsize=10)
+    panel.locator_params(nbins=4)
+
+
+def _plot_bins(panel, metrics) -> None:
+    """The mean of the last tenth of the lines: one line has few pictures in each bin."""
+    recent = list(metrics.values())[-max(1, len(metrics) // 10) :]
+    names = sorted({name for scalars in metrics.values() for name in scalars if "_bins/" in name})
+    means = [_mean([s[name] for s in recent if name in s]) for name in names]
+    edges = np.linspace(0, 1, len(names) + 1)
+    panel.stairs(means, edges, color=_LINE, fill=True, alpha=0.35)
+    panel.stairs(means, edges, color=_LINE, linewidth=1.2)
+    panel.set_xlim(0, 1)
+    panel.set_xlabel("t (0 is noise, 1 is data)", fontsize=9)
+    panel.set_title("loss by t, last tenth of the run", loc="left", fontsize=10)
+
+
+def _mean(values) -> float:
+    return float(np.mean(values)) if values else float("nan")

@@ -1,0 +1,246 @@
+"""From prompts to pictures, in one call.
+
+    pipeline = Pipeline.from_checkpoint("runs/tiny")
+    pipeline(["dog face"])[0].save("dog.png")
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from lumina_jax import checkpoint, sharding
+from lumina_jax.errors import InputError
+from lumina_jax.models.autoencoder import Autoencoder, make_autoencoder
+from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, make_forward
+from lumina_jax.models.text_encoder import TextEncoder, make_text_encoder
+from lumina_jax.sampling import sampler
+from lumina_jax.sampling.sampler import SamplerConfig
+
+OUTPUTS = ("pil", "uint8", "float")
+
+
+class Pipeline:
+    """A model with its text encoder, its autoencoder and the sampling settings it was made with.
+
+    Attributes:
+      params: Of the model, placed on `mesh`; may be replaced by others of the same shapes.
+      defaults: Sampling settings that a call does not name.
+      size: (height, width) of a picture, in pixels, when a call does not name it.
+    """
+
+    def __init__(
+        self,
+        model: NextDiTConfig,
+        params: Any,
+        *,
+        text_encoder: TextEncoder,
+        autoencoder: Autoencoder,
+        defaults: SamplerConfig,
+        size: tuple[int, int],
+        mesh: jax.sharding.Mesh,
+    ):
+        self.params = params
+        self.defaults = defaults
+        self.size = size
+        self.mesh = mesh
+        self._model = model
+        self._text_encoder = text_encoder
+        self._autoencoder = autoencoder
+        replicated = sharding.named(mesh, ())
+        # Frozen parameters go in as arguments: a closed-over array would be copied into each program.
+        self._frozen = jax.device_put((text_encoder.params, autoencoder.params), replicated)
+        self._draw = jax.jit(
+            functools.partial(_draw, make_forward(model), text_encoder, autoencoder, model.patch_size),
+            static_argnames="config",
+            out_shardings=replicated,
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str,
+        *,
+        step: int | None = None,
+        weights: str = "ema",
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> "Pipeline":
+        """The pipeline of a training run.
+
+        Args:
+          path: The run's workdir.
+          step: Which of its checkpoints; the newest by default.
+          weights: "ema", the averaged weights, or "params", the raw ones.
+          mesh: Where to put the model; one device by default.
+        """
+        mesh = mesh or sharding.make_mesh(replica=1, data=1, model=1, devices=jax.devices()[:1])
+        found = checkpoint.find(path, step)
+        meta = checkpoint.load_meta(found)
+        model = NextDiTConfig(**meta["model"])
+        shardings = sharding.tree_shardings(abstract_params(model), mesh)
+        sampling = dict(meta["config"]["sampling"])
+        size = sampling.pop("height"), sampling.pop("width")
+        return cls(
+            model,
+            checkpoint.load_params(found, abstract_params(model), shardings, weights=weights),
+            text_encoder=make_text_encoder(**meta["config"]["text_encoder"]),
+            autoencoder=make_autoencoder(**meta["config"]["autoencoder"]),
+            defaults=SamplerConfig(**sampling),
+            size=size,
+            mesh=mesh,
+        )
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_truncation: float | None = None,
+        guidance_renorm: float | None = None,
+        semantics: str | None = None,
+        solver: str | None = None,
+        time_shift: float | None = None,
+        seed: int | Sequence[int] = 0,
+        latents: np.ndarray | jax.Array | None = None,
+        output: str = "pil",
+    ) -> list[Image.Image] | np.ndarray:
+        """Draws one picture for each prompt; what is not named comes from the checkpoint's config.
+
+        Args:
+          prompts: One prompt or several.
+          negative_prompt: What guidance leads away from, one for all or one for each; "" by default.
+          height: In pixels, likewise `width`: multiples of the model's patch in pixels.
+          num_steps: See SamplerConfig, as for the six settings after it.
+          guidance_scale: 1 follows the prompt alone.
+          guidance_truncation: 1 guides to the end.
+          guidance_renorm: 0 is off.
+          semantics: "official" or "diffusers".
+          solver: A name in lumina_jax.sampling.solvers.
+          time_shift: 1 spends the steps evenly, more spends them near noise.
+          seed: Of the first prompt's noise, one more for each prompt after it; or one for each. A
+            picture depends on its own seed and prompt, not on its neighbours.
+          latents: Noise to begin from instead, [len(prompts), h, w, C].
+          output: "pil", a list of pictures; "uint8" or "float", an array NHWC, float in [0, 1].
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise InputError("No prompt was given: pass at least one (the empty string is one).")
+        if output not in OUTPUTS:
+            raise InputError(f"output={output!r} is not one of {', '.join(OUTPUTS)}.")
+        settings = {
+            "num_steps": num_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_truncation": guidance_truncation,
+            "guidance_renorm": guidance_renorm,
+            "semantics": semantics,
+            "solver": solver,
+            "time_shift": time_shift,
+        }
+        given = {name: value for name, value in settings.items() if value is not None}
+        config = dataclasses.replace(self.defaults, **given)
+        height, width = height or self.size[0], width or self.size[1]
+        self._check_size(height, width)
+        negatives = _one_for_each(negative_prompt or "", prompts, "negative_prompt")
+        if latents is None:
+            latents = self._noise(_seeds(seed, prompts), height, width)
+        else:
+            latents = self._check_latents(latents, len(prompts), height, width)
+
+        # The mesh splits a batch evenly; the last prompt fills it up and is cut off again.
+        num, shards = len(prompts), sharding.batch_shards(self.mesh)
+        fill = -num % shards
+        tokens = [self._tokenize(texts + texts[-1:] * fill) for texts in (prompts, negatives)]
+        latents = jnp.concatenate([latents, jnp.repeat(latents[-1:], fill, axis=0)])
+        inputs = jax.device_put((latents, *tokens), sharding.named(self.mesh, ("act_batch",)))
+        with jax.set_mesh(self.mesh):
+            images = self._draw(self.params, *self._frozen, *inputs, config=config)
+        images = np.asarray(images.addressable_data(0))[:num]
+        if output == "float":
+            return images
+        images = np.round(images * 255).astype(np.uint8)
+        return images if output == "uint8" else [Image.fromarray(image) for image in images]
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Sides of a picture are multiples of this."""
+        return self._autoencoder.downscale * self._model.patch_size
+
+    def _check_size(self, height, width):
+        unit = self.pixels_per_token
+        for name, size in (("height", height), ("width", width)):
+            if size < unit or size % unit:
+                low = max(size // unit, 1) * unit
+                raise InputError(
+                    f"{name}={size} is not a multiple of {unit} pixels, the side of this model's "
+                    f"patch; the nearest that are: {low} and {low + unit}."
+                )
+
+    def _noise(self, seeds, height, width):
+        h, w = height // self._autoencoder.downscale, width // self._autoencoder.downscale
+        shape = (h, w, self._autoencoder.channels)
+        return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(
+            jnp.asarray(seeds, jnp.uint32)
+        )
+
+    def _check_latents(self, latents, num, height, width):
+        scale = self._autoencoder.downscale
+        needed = (num, height // scale, width // scale, self._autoencoder.channels)
+        if latents.shape != needed:
+            raise InputError(
+                f"latents have shape {tuple(latents.shape)}; {num} prompt(s) at {height} x {width} "
+                f"pixels need {needed} (batch, height, width, channels)."
+            )
+        return jnp.asarray(latents, jnp.float32)
+
+    def _tokenize(self, texts):
+        cut = self._text_encoder.num_truncated
+        tokens = self._text_encoder.tokenize(texts)
+        if cut := self._text_encoder.num_truncated - cut:
+            logging.warning(
+                "%d of %d prompts were longer than %d tokens; their ends are ignored.",
+                cut, len(texts), self._text_encoder.max_tokens,
+            )  # fmt: skip
+        return tokens
+
+
+def _draw(
+    forward, text_encoder, autoencoder, patch_size,
+    params, text_params, autoencoder_params, latents, tokens, negative_tokens, *, config,
+):  # fmt: skip
+    """The one program: captions, loop, decoder. Images in [0, 1]."""
+    caption, negative = (
+        (text_encoder.encode(text_params, ids, mask), mask) for ids, mask in (tokens, negative_tokens)
+    )
+    latents = sampler.sample(
+        forward, params, latents, caption, negative, patch_size=patch_size, config=config
+    )
+    return jnp.clip((autoencoder.decode(autoencoder_params, latents) + 1) / 2, 0, 1)
+
+
+def _one_for_each(value, prompts, name):
+    values = [value] * len(prompts) if isinstance(value, str) else list(value)
+    if len(values) != len(prompts):
+        raise InputError(
+            f"{name} has {len(values)} entries for {len(prompts)} prompt(s): give one, or one for each."
+        )
+    return values
+
+
+def _seeds(seed, prompts):
+    if isinstance(seed, int | np.integer):
+        return [seed + index for index in range(len(prompts))]
+    if len(seed) != len(prompts):
+        raise InputError(
+            f"seed has {len(seed)} entries for {len(prompts)} prompt(s): give one, or one for each."
+        )
+    return list(seed)

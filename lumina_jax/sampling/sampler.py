@@ -1,0 +1,138 @@
+"""The denoising loop, whole, for one jit: from noise to latents.
+
+The times are fixed before tracing, so where guidance ends (`guidance_truncation`) is known too: the
+loop is two loops, and the second one really costs half.
+
+Axes: B batch, h w latent height and width, C latent channels, S caption slots, F text features.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from lumina_jax.errors import InputError
+from lumina_jax.models.embed import patchify, unpatchify
+from lumina_jax.sampling.guidance import guide
+from lumina_jax.sampling.solvers import SOLVERS
+
+SEMANTICS = ("official", "diffusers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How a picture is drawn. Every field is a key of `config.sampling`; it is static under jit.
+
+    Two programs define this model's sampler and give the same names different meanings, so
+    `semantics` says whose are meant:
+
+    - num_steps: points of the time grid, one more than intervals (official); intervals (diffusers).
+    - guidance_truncation: guidance while t < truncation (official); during that fraction of the
+      intervals (diffusers). 1 guides to the end in both.
+    - guidance_renorm: clip the picture's norm at this many times the conditional one (official);
+      0 is off, anything else matches row by row (diffusers).
+    """
+
+    num_steps: int
+    guidance_scale: float
+    guidance_truncation: float
+    guidance_renorm: float
+    semantics: str
+    solver: str
+    time_shift: float
+
+    def __post_init__(self):
+        faults = []
+        if self.semantics not in SEMANTICS:
+            faults.append(f"semantics={self.semantics!r} is not one of {', '.join(SEMANTICS)}")
+        elif self.num_intervals < 1:
+            faults.append(
+                f"num_steps={self.num_steps} leaves no interval to integrate over: at least "
+                f"{2 if self.semantics == 'official' else 1} with {self.semantics} semantics"
+            )
+        if self.solver not in SOLVERS:
+            faults.append(f"solver={self.solver!r} is not one of {', '.join(SOLVERS)}")
+        if self.time_shift <= 0:
+            faults.append(f"time_shift={self.time_shift} must be positive; 1 shifts nothing")
+        if self.guidance_scale < 1:
+            faults.append(
+                f"guidance_scale={self.guidance_scale} must be at least 1, which guides nothing"
+            )
+        if self.guidance_truncation < 0 or self.guidance_renorm < 0:
+            faults.append(
+                f"guidance_truncation={self.guidance_truncation} and "
+                f"guidance_renorm={self.guidance_renorm} must not be negative"
+            )
+        if faults:
+            raise InputError("sampling: " + "; ".join(faults) + ".")
+
+    @property
+    def num_intervals(self) -> int:
+        return self.num_steps - 1 if self.semantics == "official" else self.num_steps
+
+    def times(self) -> np.ndarray:
+        """The time grid, from 0 (noise) to 1 (data): even, then shifted towards noise."""
+        tau = np.linspace(0, 1, self.num_intervals + 1)
+        return tau / (tau + self.time_shift * (1 - tau))
+
+    def num_guided(self) -> int:
+        """In how many intervals, from the first, both velocities are computed."""
+        if self.guidance_scale == 1:
+            return 0
+        if self.semantics == "official":
+            return int(np.sum(self.times()[:-1] < self.guidance_truncation))
+        return min(self.num_intervals, math.floor(self.guidance_truncation * self.num_intervals))
+
+
+def sample(
+    forward: Callable,
+    params: Any,
+    latents: Float[Array, "B h w C"],
+    caption: tuple[Float[Array, "B S F"], Bool[Array, "B S"]],
+    negative: tuple[Float[Array, "B S F"], Bool[Array, "B S"]],
+    *,
+    patch_size: int,
+    config: SamplerConfig,
+) -> Float[Array, "B h w C"]:
+    """Latents of the pictures that begin as the noise `latents`.
+
+    Args:
+      forward: forward(params, image, t, cap_feats, cap_mask) -> velocity of each token.
+      params: Of the model.
+      latents: Noise of unit variance, float32.
+      caption: Features and mask of the prompts.
+      negative: Features and mask of what guidance leads away from.
+      patch_size: Of the model.
+      config: Static.
+    """
+    batch, height, width, _ = latents.shape
+    num_tokens = height * width // patch_size**2
+
+    def evaluate(x, t, conditions):
+        image = patchify(x, patch_size, num_tokens)
+        velocity = forward(params, image, jnp.full(len(x), t), *conditions)
+        return unpatchify(velocity, patch_size, height, width)
+
+    def conditional(x, t):
+        return evaluate(x, t, caption)
+
+    def guided(x, t):
+        both = evaluate(jnp.concatenate([x, x]), t, doubled)
+        return guide(
+            both[:batch],
+            both[batch:],
+            scale=config.guidance_scale,
+            renorm=config.guidance_renorm,
+            semantics=config.semantics,
+        )
+
+    doubled = tuple(jnp.concatenate(pair) for pair in zip(caption, negative, strict=True))
+    times = jnp.asarray(config.times(), jnp.float32)
+    split = config.num_guided()
+    solve = SOLVERS[config.solver]
+    latents = solve(guided, latents, times[: split + 1])
+    return solve(conditional, latents, times[split:])

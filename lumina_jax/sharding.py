@@ -1,0 +1,150 @@
+"""Where every array lives. To try another layout, change the two tables here and nothing else.
+
+The mesh has three axes (a tensor has dims, a mesh has axes):
+
+    replica   plain data parallelism, between slices that a slow network joins
+    data      the batch is split, and so are parameters, EMA and moments (FSDP)
+    model     heads and feed-forward width are split (tensor parallelism)
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lumina_jax.errors import InputError
+
+MESH_AXES = ("replica", "data", "model")
+
+# Logical axis -> mesh axis or axes. A logical axis that is not listed is replicated.
+# Activations have names of their own (act_*): an activation is split by batch over the very mesh
+# axis that splits a parameter by width.
+AXIS_RULES = {
+    "embed": "data",
+    "cond": "data",
+    "heads": "model",
+    "kv_heads": "model",
+    "mlp": "model",
+    "modulation": "model",
+    "act_batch": ("replica", "data"),
+    "act_heads": "model",
+    "act_mlp": "model",
+}
+
+# Parameter path -> logical axes of its last dims. First match wins. Stacked blocks have a leading
+# dim of layers besides, which is never split.
+PARAM_RULES = (
+    (r"attention/q/kernel", ("embed", "heads", "head_dim")),
+    (r"attention/(k|v)/kernel", ("embed", "kv_heads", "head_dim")),
+    (r"attention/out/kernel", ("heads", "head_dim", "embed")),
+    (r"feed_forward/(gate|up)/kernel", ("embed", "mlp")),
+    (r"feed_forward/down/kernel", ("mlp", "embed")),
+    (r"modulation/kernel", ("cond", "modulation")),
+    (r"t_embedder/(hidden|out)/kernel", (None, "cond")),
+    (r"cap_embedder/linear/kernel", (None, "embed")),
+    (r"x_embedder/kernel", ("patch", "embed")),
+    (r"final_layer/linear/kernel", ("embed", "patch")),
+    (r"(bias|scale)$", (None,)),
+)
+
+
+def make_mesh(*, replica: int, data: int, model: int, devices=None) -> Mesh:
+    """A mesh over MESH_AXES; a size of -1 takes the devices that the other two leave.
+
+    Args:
+      replica: Size of the axis of that name; likewise `data` and `model`.
+      devices: Those to use, in order; all of them by default.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [replica, data, model]
+    given = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and given > 0 and len(devices) % given == 0:
+        sizes[sizes.index(-1)] = len(devices) // given
+    if sizes.count(-1) > 1 or min(sizes) < 1 or math.prod(sizes) != len(devices):
+        fit = _nearest_mesh(len(devices), replica, model)
+        asked = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, (replica, data, model), strict=True))
+        raise InputError(
+            f"mesh ({asked}) does not fit: it must multiply to the {len(devices)} devices at hand. "
+            f"One that fits: "
+            + " ".join(f"--config.mesh.{a}={s}" for a, s in zip(MESH_AXES, fit, strict=True))
+        )
+    # A plain reshape, not mesh_utils.create_device_mesh: that one refuses 32-way parameter
+    # sharding on a 16x16 torus, where rows of the reshape are contiguous strips anyway.
+    grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _nearest_mesh(num_devices: int, replica: int, model: int) -> tuple[int, int, int]:
+    """The layout with the asked `model` and `replica` sizes as far as they divide the devices."""
+    model = math.gcd(num_devices, max(model, 1))
+    replica = math.gcd(num_devices // model, max(replica, 1))
+    return replica, num_devices // model // replica, model
+
+
+def spec(axes) -> P:
+    """Mesh axes of an array with these logical axes."""
+    return P(*(AXIS_RULES.get(axis) for axis in axes))
+
+
+def named(mesh: Mesh, axes) -> NamedSharding:
+    """The sharding over `mesh` of an array with these logical axes; () replicates."""
+    return NamedSharding(mesh, spec(axes))
+
+
+def param_axes(path: str, ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of the parameter at `path`, such as `layers/attention/q/kernel`."""
+    for pattern, axes in PARAM_RULES:
+        if re.search(pattern, path):
+            return (None,) * (ndim - len(axes)) + axes
+    raise ValueError(
+        f"No sharding rule matches the parameter {path!r} (rank {ndim}). Add one to PARAM_RULES "
+        f"in lumina_jax/sharding.py."
+    )
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A sharding for each leaf of a tree of parameters or of a whole train state.
+
+    Moments and averages lie under the same path as their parameter and follow it. A dim that the
+    mesh cannot divide is an InputError that lists every such parameter.
+    """
+    faults: dict[str, str] = {}
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = param_axes(name, leaf.ndim) if leaf.ndim else ()
+        for size, axis in zip(leaf.shape, axes, strict=True):
+            parts = math.prod(mesh.shape[a] for a in _mesh_axes(axis))
+            if size % parts:
+                faults[f"{axis}={size} over {AXIS_RULES[axis]}={parts}"] = name
+        return named(mesh, axes)
+
+    shardings = jax.tree_util.tree_map_with_path(one, tree)
+    if faults:
+        listed = "; ".join(f"{fault} (as in {name})" for fault, name in faults.items())
+        raise InputError(
+            f"The mesh {dict(mesh.shape)} cannot split the model: {listed}. Choose mesh sizes that "
+            f"divide these dims."
+        )
+    return shardings
+
+
+def _mesh_axes(axis: str | None) -> tuple[str, ...]:
+    rule = AXIS_RULES.get(axis, ())
+    return (rule,) if isinstance(rule, str) else rule
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits a batch."""
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes("act_batch"))
+
+
+def constrain(x, axes):
+    """Pins an activation to its logical axes; does nothing outside `jax.set_mesh`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))

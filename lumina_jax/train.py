@@ -1,0 +1,430 @@
+"""Trains a model.
+
+python -m lumina_jax.train --config=configs/tiny.py --workdir=runs/tiny
+python -m lumina_jax.train --config=configs/tiny.py --workdir=runs/other \
+    --config.optim.learning_rate=1e-3
+
+Run again with the same --workdir, it goes on from the newest checkpoint.
+"""
+
+import dataclasses
+import functools
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from absl import flags, logging
+from clu import parameter_overview
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from lumina_jax import checkpoint, cli, distributed, flow, metrics, optim, sharding
+from lumina_jax.data.buckets import Bucket
+from lumina_jax.data.captions import CaptionPolicy
+from lumina_jax.data.loader import Loader
+from lumina_jax.data.records import num_tokens
+from lumina_jax.errors import InputError
+from lumina_jax.models import embed, next_dit
+from lumina_jax.models.autoencoder import Autoencoder, make_autoencoder
+from lumina_jax.models.text_encoder import TextEncoder, make_text_encoder
+from lumina_jax.progress import progress_bar
+from lumina_jax.sampling.contact_sheet import contact_sheet
+from lumina_jax.sampling.pipeline import Pipeline
+from lumina_jax.sampling.sampler import SamplerConfig
+from lumina_jax.train_step import TrainState, init_state, make_train_step
+from lumina_jax.types import Batch
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+
+
+class Trainer:
+    """A run: everything that the loop needs, built from its config and checked at once.
+
+    The steps, in order: `Loader` makes host batches, `encode` turns them into a `Batch` on the mesh,
+    `step` learns from it.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: str):
+        self.config, self.workdir = config, workdir
+        self.text_encoder = make_text_encoder(**config.text_encoder)
+        self.autoencoder = make_autoencoder(**config.autoencoder)
+        self.model = model_config(config, self.text_encoder, self.autoencoder)
+        self.mesh = sharding.make_mesh(**config.mesh)
+        self.loader = make_loader(config, self.text_encoder)
+        self.num_slots = self._check_shapes()
+
+        optim_config = optim.OptimConfig(**config.optim)
+        self.optimizer = optim.make_optimizer(optim_config, config.train.num_steps)
+        self.learning_rate = optim.learning_rate(optim_config, config.train.num_steps)
+        self.forward = next_dit.make_forward(self.model)
+        params = next_dit.abstract_params(self.model)
+        self.abstract_state = jax.eval_shape(lambda p: init_state(p, self.optimizer), params)
+        self.shardings = sharding.tree_shardings(self.abstract_state, self.mesh)
+        self.step = self._make_step(optim_config)
+        self.encode = Encoder(self)
+        self.pipeline = self._make_pipeline()
+
+        self.checkpointer = checkpoint.Checkpointer(
+            workdir,
+            keep_latest=config.train.keep_checkpoints,
+            keep_every=config.train.keep_checkpoint_every,
+        )
+        self.meta = {
+            "config": config.to_dict(),
+            "model": _plain(dataclasses.asdict(self.model)),
+            "data": {"fingerprint": self.loader.manifest.fingerprint, "seed": config.seed},
+        }
+
+    def _check_shapes(self) -> int:
+        """The image slots of a sequence; refuses batches and buckets that do not fit."""
+        config, mesh = self.config, self.mesh
+        shards, micro = sharding.batch_shards(mesh), config.train.num_microbatches
+        if micro < 1 or config.train.batch_size % (shards * micro):
+            unit = shards * max(micro, 1)
+            low = max(config.train.batch_size // unit, 1) * unit
+            raise InputError(
+                f"train.batch_size={config.train.batch_size} does not split over "
+                f"{shards} part(s) of the mesh and num_microbatches={micro}; it must be a multiple "
+                f"of {unit}; nearest: {low} and {low + unit}."
+            )
+        unit = self.autoencoder.downscale * self.model.patch_size
+        slots = num_tokens(config.data.resolution, unit)
+        pool = 4 if config.flow.auxiliary_weight else 1
+        for bucket in self.loader.buckets:
+            if bucket.width % (unit * pool) or bucket.height % (unit * pool):
+                raise InputError(
+                    f"Bucket {bucket} of {config.data.directory} is not a multiple of "
+                    f"{unit * pool} pixels (patch {self.model.patch_size}, autoencoder "
+                    f"{self.autoencoder.downscale}" + (", pooled by 4" if pool > 1 else "") + "). "
+                    f"Prepare the data with --pixels_per_token={unit}, or name other buckets in "
+                    f"config.data.buckets."
+                )
+            if (tokens := bucket.width * bucket.height // unit**2) > slots:
+                raise InputError(
+                    f"Bucket {bucket} has {tokens} tokens; config.data.resolution="
+                    f"{config.data.resolution} has room for {slots}. Raise it, or name other "
+                    f"buckets in config.data.buckets."
+                )
+        return slots
+
+    def _make_step(self, optim_config):
+        config = self.config.flow
+        main = config.time_shift or flow.resolution_shift(self.num_slots)
+        shifts = {"main": main, "own": flow.resolution_shift(self.num_slots // 16)}
+        if config.auxiliary_shift not in shifts:
+            raise InputError(f"flow.auxiliary_shift={config.auxiliary_shift!r} is not main or own.")
+        if config.time_distribution not in flow.TIME_DISTRIBUTIONS:
+            raise InputError(
+                f"flow.time_distribution={config.time_distribution!r} is not one of "
+                f"{', '.join(flow.TIME_DISTRIBUTIONS)}."
+            )
+        step = make_train_step(
+            self.forward,
+            self.optimizer,
+            time_distribution=config.time_distribution,
+            time_shift=main,
+            auxiliary_weight=config.auxiliary_weight,
+            auxiliary_shift=shifts[config.auxiliary_shift],
+            num_microbatches=self.config.train.num_microbatches,
+            ema_decay=optim_config.ema_decay,
+        )
+        replicated = sharding.named(self.mesh, ())
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
+
+    def _make_pipeline(self):
+        sampling = dict(self.config.sampling)
+        size = sampling.pop("height"), sampling.pop("width")
+        return Pipeline(
+            self.model,
+            None,
+            text_encoder=self.text_encoder,
+            autoencoder=self.autoencoder,
+            defaults=SamplerConfig(**sampling),
+            size=size,
+            mesh=self.mesh,
+        )
+
+    def init_state(self) -> TrainState:
+        """The state to begin with: this run's newest, another run's weights, or a fresh one."""
+        if (step := self.checkpointer.latest_step()) is not None:
+            logging.info("Going on from step %d in %s.", step, self.checkpointer.directory)
+            return self.checkpointer.restore(self.abstract_state, self.shardings, self.meta)
+        make_state = functools.partial(init_state, optimizer=self.optimizer)
+        if source := self.config.train.init_from:
+            params = checkpoint.init_from(
+                source,
+                self.abstract_state.params,
+                self.shardings.params,
+                weights=self.config.train.init_weights,
+                model=self.meta["model"],
+            )
+            return jax.jit(make_state, out_shardings=self.shardings)(params)
+
+        def make(key):
+            return make_state(next_dit.init_params(self.model, key))
+
+        # Drawn where it lies: no device, and no host, ever holds all of it.
+        return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+
+    def save(self, state: TrainState, step: int) -> None:
+        self.checkpointer.save(state, step, self.meta)
+
+    def preview(self, state: TrainState, step: int, writer: metrics.Writer) -> None:
+        """Draws the preview prompts with the averaged weights, as a contact sheet."""
+        prompts = list(self.config.preview.prompts)
+        self.pipeline.params = state.ema
+        images = self.pipeline(prompts, seed=self.config.preview.seed, output="uint8")
+        self.pipeline.params = None  # the step donates them
+        if jax.process_index() == 0:
+            sheet = contact_sheet(list(images), prompts, columns=6, title=f"step {step}")
+            writer.image(step, "preview", np.asarray(sheet))
+            folder = epath.Path(self.workdir) / "previews"
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f"{step:07d}.png").open("wb") as file:
+                sheet.save(file, "PNG")
+
+    def make_meter(self) -> metrics.Meter:
+        slots = [self.num_slots]
+        if self.config.flow.auxiliary_weight:
+            slots.append(self.num_slots // 16)
+        forward = sum(
+            next_dit.forward_flops(self.model, num, self.text_encoder.max_tokens) for num in slots
+        )
+        batch_size = self.config.train.batch_size
+        return metrics.Meter(
+            batch_size=batch_size,
+            flops_per_step=3 * forward * batch_size,
+            peak=metrics.peak_flops(jax.local_devices()[0]) * jax.device_count(),
+        )
+
+
+class Encoder:
+    """The frozen programs: host batches in, `Batch` on the mesh out.
+
+    The text encoder is one program; the autoencoder with the cut into tokens is a small one for each
+    bucket shape, compiled when first met. Behind it every bucket looks alike.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._sharding = sharding.named(trainer.mesh, ("act_batch",))
+        self._batch_size = trainer.config.train.batch_size
+        frozen = (trainer.text_encoder.params, trainer.autoencoder.params)
+        self._text_params, self._image_params = jax.device_put(
+            frozen, sharding.named(trainer.mesh, ())
+        )
+        self._encode_text = jax.jit(trainer.text_encoder.encode, out_shardings=self._sharding)
+        self._encode_images = jax.jit(
+            functools.partial(
+                encode_images,
+                trainer.autoencoder,
+                patch_size=trainer.model.patch_size,
+                num_slots=trainer.num_slots,
+                pooled=bool(trainer.config.flow.auxiliary_weight),
+            ),
+            out_shardings=self._sharding,
+        )
+
+    def __call__(self, host_batch: dict) -> Batch:
+        images, ids, mask = (
+            jax.make_array_from_process_local_data(
+                self._sharding, host_batch[name], (self._batch_size, *host_batch[name].shape[1:])
+            )
+            for name in ("images", "token_ids", "token_mask")
+        )
+        image, pooled = self._encode_images(self._image_params, images)
+        return Batch(image, pooled, self._encode_text(self._text_params, ids, mask), mask)
+
+
+def encode_images(autoencoder: Autoencoder, params, images, *, patch_size, num_slots, pooled):
+    """Pictures to padded tokens, and the tokens of their pooled latents where asked for."""
+    latents = autoencoder.encode(params, images)
+    tokens = embed.patchify(latents, patch_size, num_slots)
+    if not pooled:
+        return tokens, None
+    return tokens, embed.patchify(embed.pool_latents(latents), patch_size, num_slots // 16)
+
+
+def model_config(
+    config: ConfigDict, text_encoder: TextEncoder, autoencoder: Autoencoder
+) -> next_dit.NextDiTConfig:
+    """The sizes of the network: preset, changes, and what its neighbours impose."""
+    changes = {key: value for key, value in config.model.items() if value is not None}
+    return next_dit.NextDiTConfig.preset(
+        changes.pop("preset"),
+        **changes,
+        cap_feat_dim=text_encoder.feature_dim,
+        in_channels=autoencoder.channels,
+    )
+
+
+def make_loader(config: ConfigDict, text_encoder: TextEncoder) -> Loader:
+    """The batches of this process."""
+    policy = CaptionPolicy(
+        kinds=dict(config.data.kinds),
+        languages=tuple(config.data.languages),
+        dropout=config.data.caption_dropout,
+    )
+    return Loader(
+        config.data.directory,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        tokenize=text_encoder.tokenize,
+        policy=policy,
+        buckets=[Bucket.parse(name) for name in config.data.buckets],
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+    )
+
+
+def train(config: ConfigDict, workdir: str) -> TrainState:
+    """Runs to the end, or to a signal; returns the last state, which is saved."""
+    trainer = Trainer(config, workdir)
+    num_steps, every = config.train.num_steps, config.train
+    state = trainer.init_state()
+    first = int(state.step)
+    if first >= num_steps:
+        logging.info("Nothing to do: %s has all %d steps.", workdir, num_steps)
+        trainer.checkpointer.close()
+        return state
+    if jax.process_index() == 0:
+        logging.info("Model:\n%s", _overview(trainer.model))
+    writer, meter = metrics.Writer(workdir), trainer.make_meter()
+    key = jax.random.key(config.seed)
+    host_batches = trainer.loader.iterate(first)
+
+    previous = None  # metrics of the step before: done, or all but done
+    with (
+        jax.set_mesh(trainer.mesh),
+        Stopper() as stopper,
+        progress_bar("Training", num_steps, first, "steps") as advance,
+    ):
+        scalars, loss = {}, math.nan
+        batch = trainer.encode(_timed_next(host_batches, meter))
+        for done in range(first + 1, num_steps + 1):
+            state, current = trainer.step(state, batch, key)
+            # While the device works on this step, read the last one and prepare the next.
+            if previous is not None:
+                loss = _add(meter, previous, done - 1, trainer)
+                if (done - 1) % every.log_every == 0:
+                    scalars = _log(trainer, writer, meter, done - 1)
+            previous = current
+            if done < num_steps:
+                batch = trainer.encode(_timed_next(host_batches, meter))
+            advance(done, _describe(loss, scalars))
+
+            stop = stopper.requested or trainer.checkpointer.reached_preemption(done)
+            last = done == num_steps or stop
+            if done % every.checkpoint_every == 0 or last:
+                # What is saved must be known to be sound.
+                loss, previous = _add(meter, current, done, trainer), None
+                if done % every.log_every == 0 or last:
+                    scalars = _log(trainer, writer, meter, done)
+                trainer.save(state, done)
+            if done % config.preview.every == 0 or done == num_steps:
+                began = time.perf_counter()
+                trainer.preview(state, done, writer)
+                meter.exclude(time.perf_counter() - began)
+            if stop:
+                break
+    host_batches.close()
+    trainer.checkpointer.close()
+    writer.close()
+    if stop and done < num_steps:
+        logging.info(
+            "Stopped at step %d, which is saved. The same command goes on from there.", done
+        )
+        sys.exit(130)
+    logging.info("Done: %d steps; the model is in %s.", num_steps, trainer.checkpointer.directory)
+    return state
+
+
+class Stopper:
+    """Turns the first interrupt or termination into a request; the second one is obeyed at once.
+
+    With several processes a signal to one must stop them all at the same step, which Orbax agrees
+    on (`reached_preemption`); here only the lone process listens.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._old = {}
+
+    def __enter__(self):
+        if jax.process_count() == 1:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._request)
+        return self
+
+    def _request(self, number, frame):
+        del frame
+        self.requested = True
+        self.__exit__()
+        logging.info("Signal %d: saving after this step. Again, and nothing is saved.", number)
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old = {}
+
+
+def _timed_next(batches: Iterator[dict], meter: metrics.Meter) -> dict:
+    began = time.perf_counter()
+    batch = next(batches)
+    meter.add_input_wait(time.perf_counter() - began)
+    return batch
+
+
+def _add(meter, step_metrics, step, trainer) -> float:
+    """Takes in the metrics of a step; a loss that is not finite ends the run."""
+    loss = meter.add(step_metrics)
+    if not math.isfinite(loss):
+        saved = trainer.checkpointer.latest_step()
+        raise InputError(
+            f"The loss of step {step} is {loss}. The last checkpoint is of step {saved}, in "
+            f"{trainer.checkpointer.directory}. Lower config.optim.learning_rate or "
+            f"config.optim.grad_clip, or use config.model.dtype=float32, and run again."
+        )
+    return loss
+
+
+def _log(trainer, writer, meter, step) -> dict[str, float]:
+    scalars = meter.flush()
+    scalars["learning_rate"] = float(trainer.learning_rate(step - 1))
+    writer.scalars(step, scalars)
+    return scalars
+
+
+def _describe(loss: float, scalars: dict[str, float]) -> str:
+    text = f"loss {loss:.4f}"
+    if scalars:
+        text += (
+            f"  {scalars['steps_per_second']:.2f} steps/s"
+            f"  {scalars['images_per_second']:.0f} images/s"
+        )
+    return text
+
+
+def _overview(model: next_dit.NextDiTConfig) -> str:
+    return parameter_overview.get_parameter_overview(
+        next_dit.abstract_params(model), include_stats=False
+    )
+
+
+def _plain(tree):
+    """As JSON would return it, so that what was saved compares equal."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in tree.items()}
+
+
+def main() -> None:
+    distributed.initialize()
+    train(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("config", "workdir"))
