@@ -10,21 +10,41 @@ from absl import app, flags, logging
 from lumina_jax.errors import InputError
 
 
-def run(main: Callable[[], int | None], *, required: tuple[str, ...] = ()) -> None:
-    """Parses flags, then runs `main`; wrong input ends in one line and status 2, no traceback."""
+def run(
+    main: Callable[..., int | None],
+    *,
+    required: tuple[str, ...] = (),
+    commands: tuple[str, ...] = (),
+) -> None:
+    """Parses flags, then runs `main`; wrong input ends in one line and status 2, no traceback.
+
+    Args:
+      main: Called without arguments, or with the chosen command where there are `commands`.
+      required: Flags that must be given.
+      commands: What the one word before or between the flags can be.
+    """
 
     def guarded(argv):
         logging.set_verbosity(logging.INFO)
         logging.use_absl_handler()
+        # Libraries speak of every file they open; only what they warn of is for the user.
+        logging.get_absl_handler().addFilter(
+            lambda record: record.levelno > 20 or "lumina_jax" in record.pathname
+        )
         try:
-            if argv[1:]:
-                raise InputError(f"Unknown argument {argv[1]!r}: every argument is a --flag.")
+            words = argv[1:]
+            if len(words) != bool(commands) or not set(words) <= set(commands):
+                needed = f"name one of {', '.join(commands)}" if commands else "only --flags"
+                raise InputError(
+                    f"Got the argument(s) {' '.join(words) or 'none'}; needed: {needed}. "
+                    f"`--help` shows an example."
+                )
             missing = [name for name in required if flags.FLAGS[name].value in (None, [])]
             if missing:
                 raise InputError(
                     f"Missing --{', --'.join(missing)}. `--help` shows an example."
                 )
-            return main()
+            return main(*words)
         except InputError as error:
             _fail(str(error))
         except KeyboardInterrupt:

@@ -64,21 +64,20 @@ def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
                 "Delete the line."
             ) from error
     if not any("loss" in scalars for scalars in metrics.values()):
-        raise InputError(
-            f"{path} holds no loss yet; wait until the run has logged its first step."
-        )
+        raise InputError(f"{path} holds no loss yet; wait until the run has logged its first step.")
     return dict(sorted(metrics.items()))
 
 
-def smooth(values: Float[np.ndarray, " N"], width: int) -> Float[np.ndarray, " N"]:
-    """The mean over `width` neighbours, fewer at the ends; it leaves out what is not finite."""
-    finite = np.isfinite(values)
-    kernel = np.ones(width)
-    sums = np.convolve(np.where(finite, values, 0.0), kernel, mode="full")
-    counts = np.convolve(finite.astype(float), kernel, mode="full")
-    middle = slice((width - 1) // 2, (width - 1) // 2 + len(values))
-    with np.errstate(invalid="ignore"):  # nothing finite nearby: 0 / 0, a gap in the line
-        return sums[middle] / counts[middle]
+def smooth(values: Float[np.ndarray, " N"], reach: int) -> Float[np.ndarray, " N"]:
+    """The median over `reach` neighbours on each side, which one bad batch does not move."""
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return np.array([_median(window) for window in windows])
+
+
+def _median(values: np.ndarray) -> float:
+    """The median of what is finite: a loss can be NaN, and nothing finite is a gap in the line."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else float("nan")
 
 
 def _series(metrics, name) -> tuple[np.ndarray, np.ndarray]:
@@ -89,14 +88,15 @@ def _series(metrics, name) -> tuple[np.ndarray, np.ndarray]:
 
 def _plot_loss(panel, metrics) -> None:
     steps, values = _series(metrics, "loss")
-    smoothed = smooth(values, 1 + len(values) // 40)
+    smoothed = smooth(values, len(values) // 80)
     panel.plot(steps, values, color=_RAW, linewidth=0.8, label="logged")
     panel.plot(steps, smoothed, color=_LINE, linewidth=2, label="smoothed")
     finite = values[np.isfinite(values)]
     if len(finite):
-        # The first steps and single spikes would press the rest of the curve flat.
-        low, high = finite.min(), max(np.percentile(finite, 99), np.nanmax(smoothed[1:], initial=0))
-        panel.set_ylim(low - 0.05 * (high - low + 1e-9), high + 0.1 * (high - low + 1e-9))
+        # A single spike would press the rest of the curve flat.
+        low, high = finite.min(), np.percentile(finite, 99.5)
+        margin = 0.05 * (high - low) or 0.05
+        panel.set_ylim(low - margin, high + margin)
     panel.set_xlabel("step")
     panel.set_ylabel("loss")
     panel.legend(frameon=False)
@@ -113,7 +113,7 @@ def _summary(metrics, steps, smoothed) -> str:
     ):
         _, values = _series(metrics, name)
         if len(values):
-            parts.append(form.format(np.median(values)))
+            parts.append(form.format(_median(values)))
     return "   ".join(parts)
 
 
@@ -127,14 +127,10 @@ def _plot_bins(panel, metrics) -> None:
     """The mean of the last tenth of the lines: one line has few pictures in each bin."""
     recent = list(metrics.values())[-max(1, len(metrics) // 10) :]
     names = sorted({name for scalars in metrics.values() for name in scalars if "_bins/" in name})
-    means = [_mean([s[name] for s in recent if name in s]) for name in names]
+    means = [np.mean([s[name] for s in recent if name in s] or np.nan) for name in names]
     edges = np.linspace(0, 1, len(names) + 1)
     panel.stairs(means, edges, color=_LINE, fill=True, alpha=0.35)
     panel.stairs(means, edges, color=_LINE, linewidth=1.2)
     panel.set_xlim(0, 1)
     panel.set_xlabel("t (0 is noise, 1 is data)", fontsize=9)
     panel.set_title("loss by t, last tenth of the run", loc="left", fontsize=10)
-
-
-def _mean(values) -> float:
-    return float(np.mean(values)) if values else float("nan")

@@ -1,4 +1,4 @@
-"""Eight emulated devices for every test, and no silent broadcasting."""
+"""Eight emulated devices for every test, no silent broadcasting, and one small data set."""
 
 import os
 
@@ -6,6 +6,21 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
+
+from lumina_jax.data import openmoji
+from lumina_jax.data.buckets import Bucket
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+EMOJIS = "🐶🐱🍎🍋🏠🌞😀🎈 🇩🇪🇫🇷🇯🇵🚂🚐👀🦇🐖 🍷🍾🌵🕯️🧍👗🚪🖊️"
+BUCKETS = (Bucket(24, 40), Bucket(32, 32), Bucket(40, 24))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """24 emojis at 32 px in three buckets. Read it; copy it to change it."""
+    directory = tmp_path_factory.mktemp("data") / "emojis"
+    openmoji.prepare(directory, emojis=EMOJIS, resolution=32, buckets=BUCKETS)
+    return directory

@@ -5,14 +5,8 @@
 writes runs/tiny/loss_curve.png from runs/tiny/metrics.jsonl.
 """
 
-import sys
-from pathlib import Path
-
 from absl import flags
 from etils import epath
-
-# Run as a file, Python looks for modules beside it; the package is one level up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lumina_jax import cli, plots
 

@@ -11,22 +11,17 @@ three shapes:
 Running it again leaves a finished dataset as it is; one of other settings needs --overwrite.
 """
 
-import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 import rich.console
 import rich.progress
 import rich.table
-from absl import app, flags, logging
+from absl import flags
 
-# Run as a file, Python looks for modules beside it; the package is one level up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from lumina_jax import cli
 from lumina_jax.data import openmoji
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.records import Manifest, Picture
-from lumina_jax.errors import InputError
 
 SOURCES = ("openmoji",)
 
@@ -45,16 +40,8 @@ _BUCKETS = flags.DEFINE_list(
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the dataset that is there.")
 
 
-def prepare(argv: Sequence[str]) -> None:
-    if len(argv) != 2 or argv[1] not in SOURCES:
-        raise InputError(
-            f"Got {' '.join(argv[1:]) or 'no source'!r}; name one source of pictures: "
-            f"{', '.join(SOURCES)}. For example: "
-            "python tools/prepare_data.py openmoji --output=data/openmoji"
-        )
-    if not _OUTPUT.value:
-        raise InputError("--output is missing: the directory to write to, such as data/openmoji.")
-    logging.set_verbosity(logging.WARNING)  # TFDS tells of every step it takes
+def main(source: str) -> None:
+    del source  # there is one so far
     manifest = openmoji.prepare(
         _OUTPUT.value,
         emojis=_EMOJIS.value,
@@ -88,13 +75,5 @@ def _print_summary(manifest: Manifest, output: str) -> None:
     console.print(manifest.attribution, highlight=False, soft_wrap=True)
 
 
-def main(argv: Sequence[str]) -> None:
-    try:
-        prepare(argv)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, required=("output",), commands=SOURCES)

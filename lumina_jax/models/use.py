@@ -35,8 +35,8 @@ from lumina_jax.errors import InputError
 FEATURE_DIM = 512
 
 # Both scales bring the features to a root mean square of about 1, where the norm of the caption
-# embedder expects them. A vector of length 1 needs sqrt(512). The token scale is measured: all slots
-# but the first, over the names of 1,914 emoji in the 14 languages of the package `emoji`.
+# embedder expects them. A vector of length 1 needs sqrt(512). The token scale is measured: all
+# slots but the first, over the names of 1,914 emoji in the 14 languages of the package `emoji`.
 SENTENCE_SCALE = FEATURE_DIM**0.5
 TOKEN_SCALE = 1.54
 

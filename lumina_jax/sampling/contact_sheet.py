@@ -73,7 +73,7 @@ def contact_sheet(
     columns = min(columns, len(images))
     gap = cell_size // 8
     width = gap + columns * (cell_size + gap)
-    text_width = cell_size + gap // 3
+    text_width = 1.04 * cell_size
     title_size, caption_size, note_size = 0.115 * cell_size, 0.074 * cell_size, 0.062 * cell_size
 
     words, corners = [], []
@@ -88,7 +88,7 @@ def contact_sheet(
 
     top = gap
     if title:
-        top = write(title, gap, gap, title_size, 0.8, width - 2 * gap, 1, colour=_INK)
+        top = write(title, float(gap), gap, title_size, 0.8, width - 2.0 * gap, 1, colour=_INK)
         top = round(top + 0.9 * title_size)
     for start in range(0, len(images), columns):
         bottoms = []

@@ -22,7 +22,7 @@ def count(policy: CaptionPolicy, captions=CAPTIONS, draws: int = 4000) -> collec
 
 
 def test_kinds_are_drawn_by_weight_and_captions_of_a_kind_evenly():
-    counts = count(CaptionPolicy(kinds={"long": 3, "short": 1}, dropout=0))
+    counts = count(CaptionPolicy(kinds={"long": 3.0, "short": 1.0}, dropout=0.0))
     assert set(counts) == {"a long text", "dog", "Hund", "狗"}
     assert counts["a long text"] / 4000 == pytest.approx(0.75, abs=0.03)
     for text in ("dog", "Hund", "狗"):
@@ -30,20 +30,20 @@ def test_kinds_are_drawn_by_weight_and_captions_of_a_kind_evenly():
 
 
 def test_a_kind_that_a_picture_lacks_does_not_count():
-    counts = count(CaptionPolicy(kinds={"medium": 9, "tags": 1}, dropout=0))
+    counts = count(CaptionPolicy(kinds={"medium": 9.0, "tags": 1.0}, dropout=0.0))
     assert set(counts) == {"tags"}
 
 
 def test_only_the_languages_allowed_are_chosen():
-    counts = count(CaptionPolicy(kinds={"short": 1}, languages=("de", "zh"), dropout=0))
+    counts = count(CaptionPolicy(kinds={"short": 1.0}, languages=("de", "zh"), dropout=0.0))
     assert set(counts) == {"Hund", "狗"}
 
 
 def test_dropout_replaces_the_whole_text():
     counts = count(CaptionPolicy(dropout=0.1))
     assert counts[""] / 4000 == pytest.approx(0.1, abs=0.02)
-    assert set(count(CaptionPolicy(dropout=1))) == {""}
-    assert "" not in count(CaptionPolicy(dropout=0))
+    assert set(count(CaptionPolicy(dropout=1.0))) == {""}
+    assert "" not in count(CaptionPolicy(dropout=0.0))
 
 
 def test_the_same_generator_state_chooses_the_same_text():
@@ -55,7 +55,7 @@ def test_the_same_generator_state_chooses_the_same_text():
 
 
 def test_a_picture_without_an_allowed_caption_is_refused_with_what_it_has():
-    policy = CaptionPolicy(kinds={"short": 1}, languages=("fr",))
+    policy = CaptionPolicy(kinds={"short": 1.0}, languages=("fr",))
     with pytest.raises(InputError, match=r"short captions in de, en, zh .*languages: fr\) allows"):
         policy.choose(CAPTIONS, np.random.default_rng(0))
 

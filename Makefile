@@ -1,0 +1,55 @@
+# Two commands do all set-up on a fresh machine: `make demo` and `make test`.
+# PYTHON chooses the interpreter (3.11 or newer), VENV the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+DATA := data/openmoji
+WORKDIR := runs/tiny
+
+.PHONY: demo test test-all lint format check venv clean
+
+## Train a small model on real pictures and look at what it draws: about ten minutes on two cores.
+demo: $(VENV)/.demo
+	$(RUN) tools/prepare_data.py openmoji --output=$(DATA) --flagfile=configs/tiny_data.flags
+	$(RUN) -m lumina_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
+	$(RUN) tools/plot_run.py --workdir=$(WORKDIR)
+	$(RUN) -m lumina_jax.evaluate --checkpoint=$(WORKDIR)
+	@echo "Look at $(WORKDIR)/evaluation/*.png and $(WORKDIR)/loss_curve.png"
+
+## The tests that a change must pass; a few minutes.
+test: $(VENV)/.dev
+	$(RUN) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+## Slow ones too.
+test-all: $(VENV)/.dev
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/pyrefly check
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+check: lint test
+
+venv: $(VENV)/.dev
+
+$(VENV)/.demo: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lumina_jax needs Python 3.11 or newer; this is %s. Try make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(DATA) $(WORKDIR)

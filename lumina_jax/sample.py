@@ -1,0 +1,105 @@
+"""Draws pictures from prompts.
+
+python -m lumina_jax.sample --checkpoint=runs/tiny --prompt="dog face" --prompt="perro"
+python -m lumina_jax.sample --checkpoint=runs/tiny --prompts_file=prompts.txt --output=out --seed=7
+
+Writes a PNG for each prompt and a contact sheet of all. Settings that are not given come from the
+checkpoint's config.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from absl import flags, logging
+from etils import epath
+from PIL import Image
+
+from lumina_jax import cli
+from lumina_jax.errors import InputError
+from lumina_jax.progress import progress_bar
+from lumina_jax.sampling.contact_sheet import save_contact_sheet
+from lumina_jax.sampling.pipeline import Pipeline
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run.")
+STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given many times.")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What to lead away from.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder; <checkpoint>/samples by default.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the first prompt; one more for each after it.")
+SETTINGS = {
+    "height": flags.DEFINE_integer("height", None, "In pixels."),
+    "width": flags.DEFINE_integer("width", None, "In pixels."),
+    "num_steps": flags.DEFINE_integer("num_steps", None, "Points of the time grid."),
+    "guidance_scale": flags.DEFINE_float("guidance_scale", None, "1 follows the prompt alone."),
+    "guidance_truncation": flags.DEFINE_float("guidance_truncation", None, "1 guides to the end."),
+    "guidance_renorm": flags.DEFINE_float("guidance_renorm", None, "0 is off."),
+    "semantics": flags.DEFINE_string("semantics", None, "official or diffusers."),
+    "solver": flags.DEFINE_string("solver", None, "euler."),
+    "time_shift": flags.DEFINE_float("time_shift", None, "1 spends the steps evenly."),
+}
+
+
+def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
+    """The prompts of the flags, then those of the file; blank lines are left out."""
+    prompts = list(prompts)
+    if path is not None:
+        file = epath.Path(path)
+        if not file.exists():
+            raise InputError(f"--prompts_file={path} does not exist. Give a text file.")
+        prompts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise InputError("No prompt was given. Pass --prompt='...' or --prompts_file=FILE.")
+    return prompts
+
+
+def file_name(index: int, prompt: str) -> str:
+    """A name that sorts by index and tells the prompt: letters of any script, no more than 40."""
+    letters = re.sub(r"\W+", "_", prompt).strip("_")
+    return f"{index:04d}_{letters[:40]}.png"
+
+
+def draw(
+    pipeline: Pipeline, prompts: Sequence[str], *, batch_size: int, seed: int, **settings
+) -> list[Image.Image]:
+    """One picture for each prompt, `batch_size` at a time through one compiled program."""
+    images = []
+    with progress_bar("Sampling", len(prompts), unit="pictures") as advance:
+        for start in range(0, len(prompts), batch_size):
+            part = list(prompts[start : start + batch_size])
+            # The last batch is filled up, so that it runs the program of the others.
+            full = part if start == 0 else part + part[-1:] * (batch_size - len(part))
+            images += pipeline(full, seed=seed + start, **settings)[: len(part)]
+            advance(len(images))
+    return images
+
+
+def main() -> None:
+    prompts = read_prompts(PROMPT.value, PROMPTS_FILE.value)
+    pipeline = Pipeline.from_checkpoint(
+        CHECKPOINT.value, step=STEP.value, weights=WEIGHTS.value
+    )
+    settings = {name: flag.value for name, flag in SETTINGS.items() if flag.value is not None}
+    images = draw(
+        pipeline,
+        prompts,
+        batch_size=BATCH_SIZE.value,
+        seed=SEED.value,
+        negative_prompt=NEGATIVE_PROMPT.value,
+        **settings,
+    )
+    folder = epath.Path(OUTPUT.value or epath.Path(CHECKPOINT.value) / "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        with (folder / file_name(index, prompt)).open("wb") as file:
+            image.save(file, "PNG")
+    sheet = folder / "contact_sheet.png"
+    save_contact_sheet(sheet, [np.asarray(image) for image in images], prompts, columns=6)
+    logging.info("%d pictures in %s; all of them on %s", len(images), folder, sheet)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("checkpoint",))

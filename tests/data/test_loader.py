@@ -1,0 +1,319 @@
+"""The loader's one promise: step k has the same global batch on any number of processes."""
+
+import hashlib
+import itertools
+import logging
+import shutil
+import threading
+
+import numpy as np
+import pytest
+
+from lumina_jax.data import openmoji, records
+from lumina_jax.data.buckets import Bucket
+from lumina_jax.data.captions import Caption, CaptionPolicy
+from lumina_jax.data.loader import Loader
+from lumina_jax.errors import InputError
+
+SQUARE = (Bucket(32, 32),)
+
+
+@pytest.fixture
+def load(dataset, tokenize):
+    """Makes a loader of the shared dataset; keywords change it."""
+
+    def make(directory=dataset, **changes) -> Loader:
+        settings = {"batch_size": 8, "seed": 0, "tokenize": tokenize, "num_threads": 2}
+        return Loader(directory, **(settings | changes))
+
+    return make
+
+
+def digest(*shares) -> str:
+    """Hashes the global batch that the processes' shares make up, in order."""
+    content = hashlib.sha256()
+    for name in ("images", "token_ids", "token_mask"):
+        array = np.concatenate([share[name] for share in shares])
+        content.update(repr((array.shape, array.dtype)).encode() + array.tobytes())
+    content.update(repr([[*share["ids"], *share["captions"]] for share in shares]).encode())
+    return content.hexdigest()
+
+
+def joined(*shares) -> dict:
+    """Assembles the global batch, as jax.make_array_from_process_local_data does."""
+    arrays = ("images", "token_ids", "token_mask", "ids")
+    return {name: np.concatenate([share[name] for share in shares]) for name in arrays} | {
+        "captions": list(itertools.chain.from_iterable(share["captions"] for share in shares))
+    }
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_the_global_batch_is_the_same_on_any_number_of_processes(load, process_count):
+    alone = load()
+    assert len(alone.buckets) == 3
+    together = [
+        load(process_index=index, process_count=process_count) for index in range(process_count)
+    ]
+    seen = set()
+    for step in range(32):
+        shares = [loader.batch_at(step) for loader in together]
+        assert all(len(share["images"]) == 8 // process_count for share in shares)
+        assert digest(joined(*shares)) == digest(alone.batch_at(step)), f"step {step}"
+        seen.add(shares[0]["images"].shape)
+    assert len(seen) == 3
+
+
+def test_a_process_reads_only_its_own_rows(load, monkeypatch):
+    read = []
+    original = records.tfds.core.data_sources.array_record.ArrayRecordDataSource.__getitem__
+
+    def count(self, key):
+        read.append(key)
+        return original(self, key)
+
+    monkeypatch.setattr(
+        records.tfds.core.data_sources.array_record.ArrayRecordDataSource, "__getitem__", count
+    )
+    load(process_index=1, process_count=4).batch_at(3)
+    assert len(read) == 2
+
+
+def test_a_batch_has_the_promised_shapes(load):
+    batch = load(buckets=[Bucket(40, 24)]).batch_at(0)
+    assert batch["images"].shape == (8, 24, 40, 3)  # width x height in the name, [H, W] in arrays
+    assert batch["images"].dtype == np.uint8
+    assert batch["token_ids"].shape == batch["token_mask"].shape == (8, 16)
+    assert (batch["token_ids"].dtype, batch["token_mask"].dtype) == (np.int32, np.bool_)
+    assert len(batch["ids"]) == len(batch["captions"]) == 8
+
+
+def test_pictures_and_captions_stay_together(load):
+    names = {
+        emoji.id: {caption.text for caption in emoji.captions} | {""}
+        for emoji in openmoji.select("all")
+    }
+    loader = load()
+    for step in range(8):
+        batch = loader.batch_at(step)
+        for record_id, caption in zip(batch["ids"], batch["captions"], strict=True):
+            assert caption in names[record_id]
+
+
+def test_another_seed_gives_other_batches(load):
+    first, second = load(seed=1), load(seed=2)
+    assert all(digest(first.batch_at(k)) != digest(second.batch_at(k)) for k in range(8))
+
+
+def test_iterating_from_a_step_gives_the_batches_of_those_steps(load):
+    loader = load(prefetch=3)
+    for start in (0, 5, 1_000_000):
+        batches = itertools.islice(loader.iterate(start), 6)
+        assert [digest(batch) for batch in batches] == [
+            digest(loader.batch_at(step)) for step in range(start, start + 6)
+        ]
+
+
+def test_a_run_that_stops_and_resumes_sees_what_an_uninterrupted_one_sees(load):
+    whole = [digest(batch) for batch in itertools.islice(load().iterate(), 12)]
+    before = [digest(batch) for batch in itertools.islice(load().iterate(), 7)]
+    after = [digest(batch) for batch in itertools.islice(load().iterate(7), 5)]
+    assert before + after == whole
+
+
+def test_closing_an_iterator_ends_its_threads(load):
+    before = set(threading.enumerate())
+    batches = load().iterate()
+    next(batches)
+    threads = set(threading.enumerate()) - before
+    assert threads
+    batches.close()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_each_epoch_of_a_bucket_holds_every_record_once(load):
+    loader = load(buckets=[Bucket(32, 32)], batch_size=1)
+    (split,) = [s for s in loader.manifest.splits if s.bucket == Bucket(32, 32)]
+    epochs = [
+        [loader.batch_at(epoch * split.num_records + k)["ids"][0] for k in range(split.num_records)]
+        for epoch in range(3)
+    ]
+    assert all(len(set(epoch)) == split.num_records for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_captions_are_drawn_anew_each_time_a_record_is_seen(load):
+    loader = load(buckets=[Bucket(32, 32)], policy=CaptionPolicy(dropout=0.0))
+    texts = {}
+    for step in range(20):
+        batch = loader.batch_at(step)
+        for record_id, caption in zip(batch["ids"], batch["captions"], strict=True):
+            texts.setdefault(record_id, set()).add(caption)
+    assert min(map(len, texts.values())) > 3
+
+
+def test_buckets_come_in_proportion_to_their_records(load):
+    loader = load(batch_size=1)
+    steps = 480
+    seen = [loader.batch_at(step)["images"].shape for step in range(steps)]
+    for split in loader.manifest.splits:
+        share = seen.count((1, split.bucket.height, split.bucket.width, 3)) / steps
+        assert share == pytest.approx(split.num_records / loader.manifest.num_records, abs=0.01)
+
+
+def test_a_bucket_gives_the_same_rows_whatever_buckets_are_beside_it(load):
+    square = Bucket(32, 32)
+    alone = load(buckets=[square])
+    mixed = [load().batch_at(step) for step in range(12)]
+    mixed = [digest(batch) for batch in mixed if batch["images"].shape[1:3] == (32, 32)]
+    assert mixed == [digest(alone.batch_at(step)) for step in range(len(mixed))]
+
+
+def test_a_batch_may_be_larger_than_its_bucket(load):
+    batch = load(batch_size=64).batch_at(0)
+    assert len(batch["ids"]) == 64
+
+
+def test_many_threads_read_the_same_batches(load):
+    loader = load()
+    expected = [digest(loader.batch_at(step)) for step in range(16)]
+    fresh, found = load(), [None] * 16  # fresh: its readers are opened by the race itself
+    threads = [
+        threading.Thread(target=lambda k=k: found.__setitem__(k, digest(fresh.batch_at(k))))
+        for k in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+def build(directory, pictures_of, monkeypatch, damaged=(), buckets=SQUARE):
+    """Writes emojis with the bytes of some of them cut short."""
+    encode = records.encode
+    ids = iter(sorted(emoji.id for emoji in openmoji.select(pictures_of)))
+
+    def encode_some(image, resolution):
+        content = encode(image, resolution)
+        return content[: len(content) // 2] if next(ids) in damaged else content
+
+    monkeypatch.setattr(records, "encode", encode_some)
+    openmoji.prepare(directory, emojis=pictures_of, resolution=32, buckets=buckets)
+
+
+def test_a_damaged_record_is_replaced_by_the_same_other_everywhere(
+    load, tmp_path, monkeypatch, caplog
+):
+    build(tmp_path / "d", "🐶🐱🍎🍋", monkeypatch, damaged={"1F436"})
+    alone = load(tmp_path / "d")
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        batches = [alone.batch_at(step) for step in range(4)]
+    ids = np.concatenate([batch["ids"] for batch in batches])
+    assert set(ids) == {"1F431", "1F34E", "1F34B"}
+    # 32 rows are eight epochs of four records; the damaged one is met once in each.
+    assert alone.num_replaced == 8
+    messages = [r.getMessage() for r in caplog.records if "cannot be decoded" in r.getMessage()]
+    assert len(messages) == 1
+    assert "Record 1F436 of bucket 32x32" in messages[0]
+
+    shares = [load(tmp_path / "d", process_index=i, process_count=2) for i in range(2)]
+    for step, batch in enumerate(batches):
+        assert digest(joined(*(share.batch_at(step) for share in shares))) == digest(batch)
+    assert sum(share.num_replaced for share in shares) == 8
+
+
+def test_a_bucket_of_damaged_records_alone_is_an_error(load, tmp_path, monkeypatch):
+    build(tmp_path / "d", "🐶", monkeypatch, damaged={"1F436"})
+    with pytest.raises(InputError, match="None of the 1 records of bucket 32x32 can be decoded"):
+        load(tmp_path / "d").batch_at(0)
+
+
+def test_a_bucket_of_one_record_works(load, tmp_path, monkeypatch):
+    build(tmp_path / "d", "🐶", monkeypatch)
+    assert set(load(tmp_path / "d").batch_at(5)["ids"]) == {"1F436"}
+
+
+def test_an_empty_bucket_is_left_out_with_a_word(load, tmp_path, monkeypatch, caplog):
+    buckets = (Bucket(32, 32), Bucket(40, 24))
+    build(tmp_path / "d", "🐶🐱", monkeypatch, buckets=buckets)
+    with caplog.at_level(logging.INFO, logger="absl"):
+        loader = load(tmp_path / "d")
+    assert loader.buckets == (Bucket(32, 32),)
+    assert "Left out, because they have no records: buckets 40x24" in caplog.text
+    with pytest.raises(InputError, match=r"The buckets 40x24 of .* have no records"):
+        load(tmp_path / "d", buckets=[Bucket(40, 24)])
+
+
+def test_a_bucket_that_does_not_exist_lists_those_that_do(load):
+    with pytest.raises(InputError, match=r"no bucket 64x16; it has \(records\) 24x40 \(\d+\), 32x"):
+        load(buckets=[Bucket(32, 32), Bucket(64, 16)])
+
+
+def test_a_directory_without_a_dataset_says_how_to_make_one(load, tmp_path):
+    with pytest.raises(InputError, match=r"Make one: python tools/prepare_data\.py"):
+        load(tmp_path)
+
+
+def test_a_missing_shard_is_noticed_at_the_start(load, dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    (shard,) = copy.glob("*32x32*")
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"lacks {shard.name}. Copy it again"):
+        load(copy)
+    (copy / "dataset_info.json").unlink()
+    with pytest.raises(InputError, match=r"lacks dataset_info.json"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 6, "process_index": 0, "process_count": 4}, "by 4 proc.*: 4 and 8"),
+        ({"batch_size": 2, "process_index": 0, "process_count": 4}, r"nearest: 4\."),
+        ({"batch_size": 0}, "batch_size=0 cannot be shared by 1 processes; nearest: 1"),
+        ({"num_threads": 0}, "num_threads=0 and prefetch=8 must be 1 or more"),
+        ({"prefetch": 0}, "prefetch=0 must be 1 or more"),
+        ({"seed": -1}, "seed=-1 must be zero or more"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(load, changes, message):
+    with pytest.raises(InputError, match=message):
+        load(**changes)
+
+
+def test_a_negative_step_is_refused(load):
+    with pytest.raises(ValueError, match="step=-1 is negative"):
+        load().batch_at(-1)
+    with pytest.raises(ValueError, match="step=-1 is negative"):
+        load().iterate(-1)
+
+
+def test_captions_that_the_policy_excludes_are_noticed_at_the_start(load, tmp_path):
+    with pytest.raises(
+        InputError, match=r"24 of 24 records .* short captions in ar, de, .*: long;"
+    ):
+        load(policy=CaptionPolicy(kinds={"long": 1.0}))
+    recipe = records.Recipe("two", (Bucket(32, 32),), 32, 4, "CC0", "by nobody")
+    (dog, cat) = openmoji.pictures("🐶🐱", resolution=32)
+    only_german = tuple(c for c in dog.captions if c.language == "de")
+    pictures = [cat, records.Picture("German", dog.image, only_german)]
+    records.build(tmp_path / "d", recipe, pictures)
+    load(tmp_path / "d", policy=CaptionPolicy(languages=("en", "de")))
+    with pytest.raises(
+        InputError, match=r"1 of 2 records \(one is 'German'\) have short captions in de; .*: en\)"
+    ):
+        load(tmp_path / "d", policy=CaptionPolicy(languages=("en",)))
+    silent = records.Picture("silent", dog.image, ())
+    records.build(tmp_path / "silent", recipe, [silent])
+    with pytest.raises(InputError, match="have no caption;"):
+        load(tmp_path / "silent")
+
+
+def test_a_caption_of_an_unknown_kind_is_refused(tmp_path):
+    (dog,) = openmoji.pictures("🐶", resolution=32)
+    recipe = records.Recipe("one", (Bucket(32, 32),), 32, 4, "CC0", "by nobody")
+    odd = records.Picture("odd", dog.image, (Caption("x", "poem", "en"),))
+    with pytest.raises(ValueError, match=r"caption kinds \{'poem'\} are not among"):
+        records.build(tmp_path / "d", recipe, [odd])

@@ -1,0 +1,88 @@
+"""Every parameter has a rule, every rule a parameter, and a mesh that does not fit says what would."""
+
+import re
+
+import jax
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lumina_jax import sharding
+from lumina_jax.errors import InputError
+from lumina_jax.models.next_dit import NextDiTConfig, abstract_params
+from lumina_jax.train_step import init_state
+
+RELEASED = NextDiTConfig.preset("2b")
+
+
+def paths(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern, _ in sharding.PARAM_RULES])
+def test_every_rule_decides_for_a_parameter(pattern):
+    first_match = {
+        next(p for p, _ in sharding.PARAM_RULES if re.search(p, path))
+        for path in paths(abstract_params(RELEASED))
+    }
+    assert pattern in first_match
+
+
+def test_every_parameter_has_a_rule_of_its_rank():
+    for path, leaf in paths(abstract_params(RELEASED)).items():
+        assert len(sharding.param_axes(path, leaf.ndim)) == leaf.ndim
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match=r"No sharding rule matches the parameter 'new/thing'.*rank 2"):
+        sharding.param_axes("new/thing", ndim=2)
+
+
+def test_average_and_moments_are_placed_like_their_parameter():
+    mesh = sharding.make_mesh(replica=2, data=2, model=2)
+    state = jax.eval_shape(
+        lambda p: init_state(p, optax.chain(optax.clip(1.0), optax.adamw(1e-3))),
+        abstract_params(RELEASED),
+    )
+    placed = paths(sharding.tree_shardings(state, mesh))
+    for path, expected in paths(sharding.tree_shardings(state.params, mesh)).items():
+        copies = [s for name, s in placed.items() if name.endswith("/" + path)]
+        assert len(copies) == 4  # params, ema, first and second moment
+        assert all(s.spec == expected.spec for s in copies)
+
+
+def test_no_large_array_is_left_whole():
+    """Over 32 x 1 devices every kernel of the released model is split."""
+    for path, leaf in paths(abstract_params(RELEASED)).items():
+        if leaf.size > 1_000_000:
+            assert "data" in sharding.spec(sharding.param_axes(path, leaf.ndim)), path
+
+
+def test_heads_split_over_model_and_width_over_data():
+    axes = sharding.param_axes("layers/attention/q/kernel", ndim=4)
+    assert sharding.spec(axes) == P(None, "data", "model", None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [((1, -1, 1), (1, 8, 1)), ((2, -1, 2), (2, 2, 2)), ((-1, 4, 1), (2, 4, 1)), ((1, 1, 8), (1, 1, 8))],
+)
+def test_minus_one_takes_the_devices_that_are_left(sizes, shape):
+    mesh = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes, strict=True)))
+    assert tuple(mesh.shape.values()) == shape
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (1, -1, 3), (-1, -1, 1), (0, 8, 1), (3, 3, 1), (1, 8, -2)])
+def test_a_mesh_that_does_not_fit_is_refused_with_one_that_does(sizes):
+    with pytest.raises(InputError, match="8 devices at hand") as caught:
+        sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes, strict=True)))
+    proposed = [int(n) for n in re.findall(r"--config\.mesh\.\w+=(\d+)", str(caught.value))]
+    sharding.make_mesh(**dict(zip(sharding.MESH_AXES, proposed, strict=True)))
+
+
+def test_a_model_that_the_mesh_cannot_split_is_refused():
+    mesh = sharding.make_mesh(replica=1, data=1, model=8)
+    cfg = NextDiTConfig.preset("tiny")
+    with pytest.raises(InputError, match="kv_heads=2 over model=8.*heads=4 over model=8"):
+        sharding.tree_shardings(abstract_params(cfg), mesh)
