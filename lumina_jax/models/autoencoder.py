@@ -3,7 +3,7 @@
 Axes: B batch, H W picture height and width, h w latent height and width, C latent channels.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, UInt8
 from lumina_jax.errors import InputError
 
 
+@runtime_checkable
 class Autoencoder(Protocol):
     """What every picture codec offers; its parameters travel apart, so that jit can shard them."""
 

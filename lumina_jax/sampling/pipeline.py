@@ -238,9 +238,13 @@ def _one_for_each(value, prompts, name):
 
 def _seeds(seed, prompts):
     if isinstance(seed, int | np.integer):
-        return [seed + index for index in range(len(prompts))]
-    if len(seed) != len(prompts):
+        seeds = [seed + index for index in range(len(prompts))]
+    else:
+        seeds = list(seed)
+    if len(seeds) != len(prompts):
         raise InputError(
-            f"seed has {len(seed)} entries for {len(prompts)} prompt(s): give one, or one for each."
+            f"seed has {len(seeds)} entries for {len(prompts)} prompt(s): give one, or one for each."
         )
-    return list(seed)
+    if outside := [number for number in seeds if not 0 <= number < 2**32]:
+        raise InputError(f"seed {outside[0]} is not between 0 and {2**32 - 1}.")
+    return seeds

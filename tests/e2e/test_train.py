@@ -1,0 +1,183 @@
+"""Whole runs: how they are laid out and interrupted must not change what they learn."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lumina_jax import train as train_module
+from lumina_jax.errors import InputError
+from lumina_jax.sampling.pipeline import Pipeline
+from lumina_jax.train import Trainer, train
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Six uninterrupted steps on (1, 8, 1); made by the first test that needs it."""
+    return tmp_path_factory.mktemp("reference"), {}
+
+
+@pytest.fixture
+def uninterrupted(reference, config):
+    workdir, made = reference
+    if not made:
+        made["state"] = train(config, str(workdir))
+    return workdir, made["state"]
+
+
+@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2), (1, 1, 8)])
+def test_losses_agree_on_every_mesh(uninterrupted, config, tmp_path, mesh):
+    config.mesh.update(zip(("replica", "data", "model"), mesh, strict=True))
+    train(config, str(tmp_path))
+    expected, found = losses(uninterrupted[0]), losses(tmp_path)
+    assert found.keys() == expected.keys() == set(range(1, 7))
+    np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=2e-4)
+
+
+def test_the_loss_falls_and_pictures_of_the_run_are_written(uninterrupted):
+    workdir, _ = uninterrupted
+    values = losses(workdir)
+    assert values[6] < values[1]
+    with Image.open(workdir / "previews" / "0000006.png") as sheet:
+        assert sheet.width > 300
+
+
+def test_stop_and_resume_equals_an_uninterrupted_run_bit_for_bit(
+    uninterrupted, config, tmp_path, monkeypatch
+):
+    """Terminated after the second step, gone on from there: same state, to the last bit."""
+    log = train_module._log
+
+    def log_and_terminate(trainer, writer, meter, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return log(trainer, writer, meter, step)
+
+    monkeypatch.setattr(train_module, "_log", log_and_terminate)
+    with pytest.raises(SystemExit) as stopped:
+        train(config, str(tmp_path))
+    assert stopped.value.code == 130
+    assert max(losses(tmp_path)) < 6
+
+    monkeypatch.setattr(train_module, "_log", log)
+    state = train(config, str(tmp_path))
+    assert_equal(state, uninterrupted[1])
+    assert losses(tmp_path) == losses(uninterrupted[0])
+
+
+def test_resume_on_another_mesh_goes_on_with_the_same_losses(uninterrupted, config, tmp_path):
+    config.train.num_steps = 3
+    config.optim.schedule = "constant"  # the schedule must not know where the run ends
+    train(config, str(tmp_path / "whole"))
+    train(config, str(tmp_path / "parts"))
+    config.train.num_steps = 6
+    train(config, str(tmp_path / "whole"))
+    config.mesh.update(replica=2, data=2, model=2)
+    train(config, str(tmp_path / "parts"))
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    np.testing.assert_allclose([*parts.values()], [*whole.values()], rtol=2e-4)
+
+
+def test_a_finished_run_is_left_alone(uninterrupted, config):
+    workdir, state = uninterrupted
+    before = (workdir / "metrics.jsonl").read_text()
+    assert_equal(train(config, str(workdir)), state)
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_all_buckets_share_one_compiled_step(config, tmp_path):
+    """Oracle of design section 3: only the small encoding program knows a picture's shape."""
+    trainer = Trainer(config, str(tmp_path))
+    state, shapes = trainer.init_state(), set()
+    key = jax.random.key(0)
+    with jax.set_mesh(trainer.mesh):
+        for step in range(12):
+            batch = trainer.loader.batch_at(step)
+            shapes.add(batch["images"].shape)
+            state, _ = trainer.step(state, trainer.encode(batch), key)
+    trainer.checkpointer.close()
+    assert len(shapes) == 3
+    assert trainer.step._cache_size() == 1
+
+
+def test_accumulation_gives_the_same_losses(uninterrupted, config, tmp_path):
+    config.mesh.update(replica=1, data=4, model=2)
+    config.train.num_microbatches = 2
+    train(config, str(tmp_path))
+    expected = losses(uninterrupted[0])
+    np.testing.assert_allclose([*losses(tmp_path).values()], [*expected.values()], rtol=2e-4)
+
+
+def test_the_auxiliary_loss_of_the_high_resolution_stage_runs(config, tmp_path):
+    # Patches of 2 pixels, so that a quarter of each side is a whole number of patches.
+    config.model.patch_size = 2
+    config.train.num_steps = 2
+    config.flow.update(auxiliary_weight=1.0, auxiliary_shift="own")
+    train(config, str(tmp_path))
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite(line["auxiliary_loss"])
+
+
+def test_a_stage_starts_from_the_average_of_the_stage_before(uninterrupted, config, tmp_path):
+    workdir, state = uninterrupted
+    config.train.update(init_from=str(workdir), num_steps=1)
+    trainer = Trainer(config, str(tmp_path))
+    begun = trainer.init_state()
+    trainer.checkpointer.close()
+    assert_equal(begun.params, state.ema)
+    assert int(begun.step) == 0
+
+
+def test_the_pipeline_of_a_checkpoint_draws_with_the_average(uninterrupted):
+    workdir, state = uninterrupted
+    pipeline = Pipeline.from_checkpoint(str(workdir))
+    assert_equal(pipeline.params, state.ema)
+    (picture,) = pipeline("dog face")
+    assert picture.size == (32, 32)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(config, tmp_path):
+    config.optim.update(learning_rate=1e30, warmup_steps=0, grad_clip=float("inf"))
+    with pytest.raises(InputError, match=r"The loss of step \d is nan.*Lower config.optim.learning_rate"):
+        train(config, str(tmp_path))
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"batch_size": 12}}, "batch_size=12 does not split over 8.*nearest: 8 and 16"),
+        ({"train": {"num_microbatches": 3}}, "must be a multiple of 24"),
+        ({"mesh": {"data": 3}}, "mesh .replica=1, data=3, model=1. does not fit"),
+        ({"model": {"patch_size": 5}}, "resolution"),
+        ({"model": {"patch_size": 8, "dim": 66}}, "dim=66 is not a multiple of num_heads=8"),
+        ({"data": {"buckets": ("64x16",)}}, "has no bucket 64x16; it has"),
+        ({"data": {"directory": "/nowhere"}}, "/nowhere is not a finished dataset"),
+        ({"data": {"resolution": 16}}, "tokens; config.data.resolution=16 has room for 16"),
+        ({"data": {"languages": ("xx",)}}, "allows none of them"),
+        ({"flow": {"auxiliary_shift": "other"}}, "auxiliary_shift='other' is not main or own"),
+        ({"flow": {"time_distribution": "beta"}}, "time_distribution='beta' is not one of"),
+        ({"flow": {"auxiliary_weight": 1.0}}, "is not a multiple of 16 pixels"),
+        ({"text_encoder": {"kind": "bert"}}, "'bert'"),
+        ({"autoencoder": {"kind": "jpeg"}}, "autoencoder.kind='jpeg' is not one of pixels"),
+        ({"model": {"preset": "1b"}}, "'1b' is not one of tiny, 2b"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_before_it_starts(config, tmp_path, changes, message):
+    for section, values in changes.items():
+        config[section].update(values)
+    with pytest.raises(InputError, match=message):
+        Trainer(config, str(tmp_path))

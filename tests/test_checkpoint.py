@@ -1,0 +1,129 @@
+"""What is saved comes back, on any mesh; what is not ours is refused by name."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lumina_jax import checkpoint, sharding
+from lumina_jax.errors import InputError
+from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, init_params
+from lumina_jax.train_step import init_state
+
+MODEL = NextDiTConfig(
+    dim=64, num_layers=2, num_refiner_layers=1, num_heads=8, num_kv_heads=8, hidden_dim=64,
+    axes_dims=(4, 2, 2), in_channels=3, patch_size=4, cap_feat_dim=8, dtype="float32",
+)  # fmt: skip
+META = {"model": {"dim": 64, "remat": "full"}, "data": {"fingerprint": "a", "seed": 0}, "config": {}}
+OPTIMIZER = optax.adam(1e-3)
+
+
+def make_state(mesh):
+    def make(key):
+        state = init_state(init_params(MODEL, key), OPTIMIZER)
+        return state._replace(step=jnp.int32(7), ema=jax.tree.map(lambda x: x + 1, state.ema))
+
+    shardings = sharding.tree_shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(0)), shardings
+
+
+def make_checkpointer(path, keep_latest=2, keep_every=0):
+    return checkpoint.Checkpointer(str(path), keep_latest=keep_latest, keep_every=keep_every)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run's folder with one checkpoint, written on 2 x 2 x 2 devices."""
+    path = tmp_path_factory.mktemp("run")
+    state, _ = make_state(sharding.make_mesh(replica=2, data=2, model=2))
+    checkpointer = make_checkpointer(path)
+    checkpointer.save(state, 7, META)
+    checkpointer.close()
+    return path
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 8, 1), (1, 1, 8)])
+def test_a_state_comes_back_on_any_mesh(saved, mesh):
+    mesh = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, mesh, strict=True)))
+    expected, shardings = make_state(mesh)
+    checkpointer = make_checkpointer(saved)
+    restored = checkpointer.restore(jax.eval_shape(lambda: expected), shardings, META)
+    checkpointer.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(f"{x.sharding}"), restored, shardings)
+
+
+@pytest.mark.parametrize("weights", ["ema", "params"])
+def test_one_set_of_weights_is_read_alone(saved, weights):
+    mesh = sharding.make_mesh(replica=1, data=1, model=1, devices=jax.devices()[:1])
+    expected, shardings = make_state(mesh)
+    found = checkpoint.load_params(
+        checkpoint.find(saved), abstract_params(MODEL), shardings.params, weights=weights
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, getattr(expected, weights))
+
+
+def test_the_index_of_the_next_batch_is_in_the_checkpoint(saved):
+    assert json.loads((checkpoint.find(saved) / "data" / "metadata").read_text()) == {"next_batch": 7}
+
+
+def test_old_checkpoints_go_and_milestones_stay(tmp_path):
+    state, _ = make_state(sharding.make_mesh(replica=1, data=8, model=1))
+    checkpointer = make_checkpointer(tmp_path, keep_latest=2, keep_every=10)
+    for step in (5, 10, 15, 20, 25):
+        checkpointer.save(state, step, META)
+    checkpointer.close()
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [10, 20, 25]
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_differences(saved):
+    state, shardings = make_state(sharding.make_mesh(replica=1, data=8, model=1))
+    checkpointer = make_checkpointer(saved)
+    for other, message in (
+        ({**META, "model": {"dim": 32, "remat": "none"}}, "another model: dim: 64 there, 32 in this run"),
+        ({**META, "data": {"fingerprint": "b", "seed": 0}}, "another data: fingerprint: 'a' there, 'b'"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            checkpointer.restore(jax.eval_shape(lambda: state), shardings, other)
+        assert "remat" not in str(caught.value)  # changes memory, not weights
+    checkpointer.close()
+
+
+def test_a_stage_starts_from_the_weights_of_another_run(saved):
+    mesh = sharding.make_mesh(replica=1, data=8, model=1)
+    expected, shardings = make_state(mesh)
+    abstract = abstract_params(MODEL)
+    found = checkpoint.init_from(
+        str(saved), abstract, shardings.params, weights="ema", model=META["model"]
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected.ema)
+    with pytest.raises(InputError, match="dim: 64 there, 96 in this run"):
+        checkpoint.init_from(str(saved), abstract, shardings.params, weights="ema", model={"dim": 96})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "No checkpoint at .*has no directory 'checkpoints'"),
+        (lambda path: (path / "checkpoints").mkdir(), "No checkpoint in .* yet"),
+        (lambda path: (path / "checkpoints" / "3" / "params").mkdir(parents=True), "not a checkpoint of"),
+    ],
+)
+def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(InputError, match=message):
+        checkpoint.load_meta(checkpoint.find(str(tmp_path)))
+
+
+def test_a_missing_step_is_refused_with_those_there_are(saved):
+    with pytest.raises(InputError, match=r"No checkpoint of step 3 in .*there are \[7\]"):
+        checkpoint.find(str(saved), step=3)
+
+
+def test_unknown_weights_are_refused(saved):
+    with pytest.raises(InputError, match="weights='raw' is not one of ema, params"):
+        checkpoint.load_params(checkpoint.find(saved), {}, {}, weights="raw")
