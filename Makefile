@@ -31,7 +31,6 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/pyrefly check
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .

@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     train.init_weights = "ema"  # or params
 
     # Pictures drawn while training, and what a checkpoint of this run samples with by default.
-    config.preview = ConfigDict({"every": 1000, "prompts": ("",), "seed": 0})
+    config.preview = ConfigDict({"every": 1000, "prompts": ("",), "seed": 0})  # every 0: never
     config.sampling = sampling = ConfigDict()
     sampling.height = 1024  # pixels
     sampling.width = 1024

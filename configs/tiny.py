@@ -1,7 +1,9 @@
-"""OpenMoji on a laptop, from nothing to pictures in ten minutes on two cores.
+"""OpenMoji on a laptop: 64 pictures, from nothing to a contact sheet in ten minutes on two cores.
 
-python tools/prepare_data.py openmoji --output=data/openmoji ...   (see `make demo`)
-python -m lumina_jax.train --config=configs/tiny.py --workdir=runs/tiny
+    python tools/prepare_data.py openmoji --output=data/openmoji --flagfile=configs/tiny_data.flags
+    python -m lumina_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+On two cores RESULT
 """
 
 from ml_collections import ConfigDict
@@ -16,12 +18,12 @@ LANGUAGES = ("en", "es", "fr", "it", "pt", "id", "ja", "zh", "ar", "fa")
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.model.preset = "tiny"
-    config.model.patch_size = 6
+    config.model.patch_size = 4
     config.model.dtype = "float32"
     config.model.remat = "none"
 
     config.data.directory = "data/openmoji"
-    config.data.resolution = 48
+    config.data.resolution = 32
     config.data.languages = LANGUAGES
     config.data.num_threads = 1
     config.data.prefetch = 4
@@ -32,16 +34,16 @@ def get_config() -> ConfigDict:
     config.optim.schedule = "cosine"
     config.optim.ema_decay = 0.99
 
-    config.train.num_steps = 1200
-    config.train.batch_size = 32
+    config.train.num_steps = 2200
+    config.train.batch_size = 16  # fits the caches: twice the pictures a second of 32
     config.train.log_every = 20
     config.train.checkpoint_every = 200
     config.train.keep_checkpoints = 2
     config.train.keep_checkpoint_every = 0
 
-    config.preview.every = 400
-    config.preview.prompts = ("dog face", "perro", "Hund", "собака", "强", "strawberry")
+    config.preview.every = 550
+    config.preview.prompts = ("dog face", "perro", "Hund", "собака", "蘑菇", "strawberry")
     config.sampling.update(
-        height=48, width=48, num_steps=25, guidance_scale=2.0, guidance_renorm=0.0, time_shift=1.0
+        height=32, width=32, num_steps=25, guidance_scale=2.0, guidance_renorm=0.0, time_shift=1.0
     )
     return config

@@ -1,8 +1,8 @@
 """Lumina-Image 2.0 in JAX: training and sampling.
 
-    import lumina_jax
-    pipeline = lumina_jax.Pipeline.from_checkpoint("runs/tiny")
-    pipeline(["dog face"])[0].show()
+import lumina_jax
+pipeline = lumina_jax.Pipeline.from_checkpoint("runs/tiny")
+pipeline(["dog face"])[0].show()
 """
 
 from typing import TYPE_CHECKING

@@ -67,19 +67,29 @@ class Checkpointer:
             force=True,
         )
 
-    def restore(self, abstract_state: TrainState, shardings: TrainState, meta: dict) -> TrainState:
-        """The newest state, laid out by `shardings`; refuses that of another model or data set."""
+    def restore(
+        self, abstract_state: TrainState, shardings: TrainState, meta: dict
+    ) -> tuple[TrainState, int]:
+        """The newest state, laid out by `shardings`, and the index of the next batch.
+
+        Refuses the state of another model or of another order of the data.
+        """
         step = self._manager.latest_step()
         saved = load_meta(self.directory / str(step))
         check_same("model", saved["model"], meta["model"], self.directory)
         check_same("data", saved["data"], meta["data"], self.directory)
         target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            abstract_state,
+            shardings,
         )
         restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target._asdict()))
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target._asdict()), data=ocp.args.JsonRestore()
+            ),
         )
-        return TrainState(**restored["state"])
+        return TrainState(**restored["state"]), restored["data"]["next_batch"]
 
     def close(self) -> None:
         """Waits for the last save to be on disk."""
@@ -87,7 +97,7 @@ class Checkpointer:
         self._manager.close()
 
 
-def find(path: str, step: int | None = None) -> epath.Path:
+def find(path: epath.PathLike, step: int | None = None) -> epath.Path:
     """The directory of one checkpoint, given a run's workdir; the newest if no step is named."""
     root = epath.Path(path).absolute()
     directory = root / _DIRECTORY
@@ -96,7 +106,7 @@ def find(path: str, step: int | None = None) -> epath.Path:
             f"No checkpoint at {root}: it has no directory {_DIRECTORY!r}. Give the --workdir of a "
             f"lumina_jax run."
         )
-    steps = sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+    steps = sorted(ocp.utils.checkpoint_steps(directory))  # finished ones only
     if not steps:
         raise InputError(f"No checkpoint in {directory} yet. Let the run reach its first save.")
     if step is not None and step not in steps:
@@ -115,7 +125,9 @@ def load_meta(directory: epath.Path) -> dict:
         return reader.restore(directory / "meta")
 
 
-def load_params(directory: epath.Path, abstract_params: Any, shardings: Any, *, weights: str) -> Any:
+def load_params(
+    directory: epath.Path, abstract_params: Any, shardings: Any, *, weights: str
+) -> Any:
     """One set of weights of a checkpoint, "ema" or "params"; nothing else is read."""
     if weights not in ("ema", "params"):
         raise InputError(f"weights={weights!r} is not one of ema, params.")
@@ -135,7 +147,9 @@ def load_params(directory: epath.Path, abstract_params: Any, shardings: Any, *, 
     return restored[weights]
 
 
-def init_from(path: str, abstract_params: Any, shardings: Any, *, weights: str, model: dict) -> Any:
+def init_from(
+    path: epath.PathLike, abstract_params: Any, shardings: Any, *, weights: str, model: dict
+) -> Any:
     """The weights that a stage starts with, from the run of the stage before."""
     directory = find(path)
     check_same("model", load_meta(directory)["model"], model, directory)
@@ -143,7 +157,7 @@ def init_from(path: str, abstract_params: Any, shardings: Any, *, weights: str, 
     leaves = jax.tree.leaves(params)
     norm = jax.jit(lambda tree: jax.numpy.sqrt(sum((x**2).sum() for x in jax.tree.leaves(tree))))
     logging.info(
-        "Started from %s (%s): %d arrays, %d numbers, norm %.6g. Optimizer, average and data are new.",
+        "Started from %s (%s): %d arrays, %d numbers, norm %.6g. All else is new.",
         directory, weights, len(leaves), sum(leaf.size for leaf in leaves), norm(params),
     )  # fmt: skip
     return params
@@ -161,5 +175,5 @@ def check_same(what: str, saved: dict, needed: dict, where: epath.Path) -> None:
     if differing:
         raise InputError(
             f"The checkpoint in {where} is of another {what}: {'; '.join(differing)}. Use its own "
-            f"settings, or another --workdir."
+            f"settings, or another --workdir (config.train.init_from takes over weights)."
         )

@@ -1,13 +1,15 @@
 """What every command shares: its start, and how it ends when the input is wrong."""
 
 import difflib
-import re
+import pathlib
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
 from lumina_jax.errors import InputError
+
+_PACKAGE = str(pathlib.Path(__file__).parent)
 
 
 def run(
@@ -29,7 +31,7 @@ def run(
         logging.use_absl_handler()
         # Libraries speak of every file they open; only what they warn of is for the user.
         logging.get_absl_handler().addFilter(
-            lambda record: record.levelno > 20 or "lumina_jax" in record.pathname
+            lambda record: record.levelno > 20 or record.pathname.startswith(_PACKAGE)
         )
         try:
             words = argv[1:]
@@ -41,9 +43,8 @@ def run(
                 )
             missing = [name for name in required if flags.FLAGS[name].value in (None, [])]
             if missing:
-                raise InputError(
-                    f"Missing --{', --'.join(missing)}. `--help` shows an example."
-                )
+                raise InputError(f"Missing --{', --'.join(missing)}. `--help` shows an example.")
+            _check_config()
             return main(*words)
         except InputError as error:
             _fail(str(error))
@@ -63,9 +64,18 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _fail(f"Unknown flag --{error.flagname}.{hint}")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections raises what it likes for an unknown key or a value of the wrong type.
-        _fail(" ".join(re.sub(r"^['\"]|['\"]$", "", str(error)).split()))
+        _fail(str(error.args[0] if error.args else error))
+
+
+def _check_config() -> None:
+    """A config file that cannot be read is told when it is first used; use it now."""
+    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+        try:
+            flags.FLAGS.config.to_dict()
+        except OSError as error:
+            raise InputError(f"--config: {error}") from None
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)

@@ -1,29 +1,39 @@
 """Joining the processes of one run."""
 
+import importlib.util
 import os
 
 import jax
 from absl import logging
 
-# Set by the launcher of a run with several processes, one line each: JAX's own variable, Cloud TPU,
-# SLURM, Open MPI.
-_CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+from lumina_jax.errors import InputError
+
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def initialize() -> None:
-    """Starts `jax.distributed` where the environment says that this process is one of several.
+    """Starts `jax.distributed` where this process may be one of several.
 
-    JAX_COORDINATOR_ADDRESS needs JAX_NUM_PROCESSES and JAX_PROCESS_ID beside it; the others are
-    understood by JAX itself. Without any of them the process is alone.
+    That is with the three variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+    under SLURM with several tasks, under Open MPI, and on a machine with TPUs, where JAX asks the
+    machine itself. Elsewhere the process is alone.
     """
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-        )
-    elif any(_is_several(os.environ.get(name, "")) for name in _CLUSTER_VARIABLES):
+    given = [name for name in _VARIABLES if name in os.environ]
+    if given:
+        if missing := [name for name in _VARIABLES if name not in os.environ]:
+            raise InputError(
+                f"{', '.join(given)} is set without {', '.join(missing)}. Set all three for a run "
+                f"of several processes, or none."
+            )
+        address, count, index = (os.environ[name] for name in _VARIABLES)
+        jax.distributed.initialize(address, int(count), int(index))
+    elif os.environ.get("SLURM_NTASKS", "1") != "1" or "OMPI_COMM_WORLD_SIZE" in os.environ:
         jax.distributed.initialize()
+    elif _may_have_tpus():
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # JAX found no cluster to ask
+            logging.info("This process is alone: %s", error)
     logging.info(
         "Process %d of %d; %d of %d devices (%s) are its own.",
         jax.process_index(), jax.process_count(),
@@ -31,6 +41,6 @@ def initialize() -> None:
     )  # fmt: skip
 
 
-def _is_several(value: str) -> bool:
-    """Whether a variable names several hosts ("a,b") or a count above one."""
-    return "," in value or (value.isdecimal() and int(value) > 1)
+def _may_have_tpus() -> bool:
+    platforms = os.environ.get("JAX_PLATFORMS", "tpu")
+    return "tpu" in platforms and importlib.util.find_spec("libtpu") is not None

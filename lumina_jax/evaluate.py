@@ -52,7 +52,9 @@ def evaluate(path: str, data: str | None, *, num_prompts: int, batch_size: int, 
         chosen = choose_prompts(pictures, sorted(languages), num_prompts, seed)
         samples = draw(pipeline, pictures, chosen, batch_size, seed)
         found_index = nearest(samples, [p["image"] for p in pictures], config["data"]["resolution"])
-        right = np.array([int(i) == index for (index, _), i in zip(chosen, found_index, strict=True)])
+        right = np.array(
+            [int(i) == index for (index, _), i in zip(chosen, found_index, strict=True)]
+        )
         by_language = defaultdict(list)
         for (_, caption), ok in zip(chosen, right, strict=True):
             by_language[caption.language].append(bool(ok))
@@ -85,7 +87,9 @@ def evaluate(path: str, data: str | None, *, num_prompts: int, batch_size: int, 
 def choose_prompts(pictures: Sequence[dict], languages: Sequence[str], num: int, seed: int):
     """`num` times (index of a picture, one of its captions): no picture twice before all once."""
     rng = np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(len(pictures)) for _ in range(-(-num // len(pictures)))])
+    order = np.concatenate(
+        [rng.permutation(len(pictures)) for _ in range(-(-num // len(pictures)))]
+    )
     chosen = []
     for count, index in enumerate(order[:num]):
         language = languages[count % len(languages)]

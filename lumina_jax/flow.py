@@ -30,7 +30,8 @@ def sample_times(
         t = jax.random.uniform(key, (batch,))
     else:
         raise InputError(
-            f"flow.time_distribution={distribution!r} is not one of {', '.join(TIME_DISTRIBUTIONS)}."
+            f"flow.time_distribution={distribution!r} is not one of "
+            f"{', '.join(TIME_DISTRIBUTIONS)}."
         )
     return shift_times(t, shift)
 
@@ -63,6 +64,6 @@ def loss(
     noise: Float[Array, "B N P"],
     mask: Bool[Array, "B N"],
 ) -> Float[Array, " B"]:
-    """Squared error of each picture, the mean over its own tokens, so that all shapes weigh alike."""
+    """Squared error of each picture, the mean over its own tokens: all shapes weigh alike."""
     error = jnp.mean(jnp.square(velocity - (latents - noise)), axis=-1)
     return jnp.sum(error * mask, axis=-1) / jnp.sum(mask, axis=-1)

@@ -1,9 +1,9 @@
 """What a run says of itself: losses, speed, and how much of the machine it uses.
 
-    images_per_second    over the wall time since the line before
-    mfu                  model FLOPs a second (analytic, no recomputation) over the devices' peak
-    input_wait           part of the time that the loop stood waiting for data
-    loss_bins/00 .. 19   mean loss in twenty equal bins of t, since the line before
+images_per_second    over the wall time since the line before
+mfu                  model FLOPs a second (analytic, no recomputation) over the devices' peak
+input_wait           part of the time that the loop stood waiting for data
+loss_bins/00 .. 19   mean loss in twenty equal bins of t, since the line before
 """
 
 import json
@@ -79,11 +79,11 @@ class Meter:
         """Leaves out time that was not training, such as drawing sample pictures."""
         self._since += seconds
 
-    def add(self, step_metrics: dict[str, Any]) -> float:
-        """Takes the metrics of one step off the device, which waits for it; returns its loss."""
+    def add(self, step_metrics: dict[str, Any]) -> tuple[float, float]:
+        """Takes the metrics of one step off the device; returns its loss and gradient norm."""
         step_metrics = {name: np.asarray(value) for name, value in step_metrics.items()}
         self._steps.append(step_metrics)
-        return float(step_metrics["loss"])
+        return float(step_metrics["loss"]), float(step_metrics["grad_norm"])
 
     def flush(self) -> dict[str, float]:
         """The scalars of the steps since the last call."""
@@ -125,8 +125,11 @@ class Writer:
         if self._active:
             line = {"step": step} | {k: float(f"{v:.6g}") for k, v in scalars.items()}
             self._lines += json.dumps(line) + "\n"
-            # Whole, because a bucket knows no appending; a long run's lines are a few megabytes.
-            self._path.write_text(self._lines)
+            # Whole, because a bucket knows no appending (a long run's lines are a few megabytes);
+            # aside, because a run may be killed at any moment.
+            aside = self._path.with_suffix(".partial")
+            aside.write_text(self._lines)
+            aside.replace(self._path)
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
 

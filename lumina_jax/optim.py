@@ -45,9 +45,7 @@ class OptimConfig:
 def learning_rate(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
     """Linear warm-up to `learning_rate`, then constant or a cosine down to zero at `num_steps`."""
     if cfg.schedule == "cosine":
-        after = optax.cosine_decay_schedule(
-            cfg.learning_rate, max(num_steps - cfg.warmup_steps, 1)
-        )
+        after = optax.cosine_decay_schedule(cfg.learning_rate, max(num_steps - cfg.warmup_steps, 1))
     else:
         after = optax.constant_schedule(cfg.learning_rate)
     # One above zero at the first step: a step at rate zero would be computed for nothing.

@@ -48,7 +48,6 @@ def progress_bar(description: str, total: int, start: int = 0, unit: str = "it")
 
 def _console() -> Console:
 
-
     return Console(stderr=True)
 
 

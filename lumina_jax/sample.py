@@ -79,9 +79,7 @@ def draw(
 
 def main() -> None:
     prompts = read_prompts(PROMPT.value, PROMPTS_FILE.value)
-    pipeline = Pipeline.from_checkpoint(
-        CHECKPOINT.value, step=STEP.value, weights=WEIGHTS.value
-    )
+    pipeline = Pipeline.from_checkpoint(CHECKPOINT.value, step=STEP.value, weights=WEIGHTS.value)
     settings = {name: flag.value for name, flag in SETTINGS.items() if flag.value is not None}
     images = draw(
         pipeline,

@@ -7,6 +7,7 @@ The mesh has three axes (a tensor has dims, a mesh has axes):
     model     heads and feed-forward width are split (tensor parallelism)
 """
 
+import functools
 import math
 import re
 from typing import Any
@@ -56,7 +57,9 @@ def make_mesh(*, replica: int, data: int, model: int, devices=None) -> Mesh:
     """A mesh over MESH_AXES; a size of -1 takes the devices that the other two leave.
 
     Args:
-      replica: Size of the axis of that name; likewise `data` and `model`.
+      replica: Size of the axis of that name.
+      data: Likewise.
+      model: Likewise.
       devices: Those to use, in order; all of them by default.
     """
     devices = jax.devices() if devices is None else devices
@@ -66,7 +69,9 @@ def make_mesh(*, replica: int, data: int, model: int, devices=None) -> Mesh:
         sizes[sizes.index(-1)] = len(devices) // given
     if sizes.count(-1) > 1 or min(sizes) < 1 or math.prod(sizes) != len(devices):
         fit = _nearest_mesh(len(devices), replica, model)
-        asked = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, (replica, data, model), strict=True))
+        asked = ", ".join(
+            f"{a}={s}" for a, s in zip(MESH_AXES, (replica, data, model), strict=True)
+        )
         raise InputError(
             f"mesh ({asked}) does not fit: it must multiply to the {len(devices)} devices at hand. "
             f"One that fits: "
@@ -141,6 +146,46 @@ def _mesh_axes(axis: str | None) -> tuple[str, ...]:
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the mesh splits a batch."""
     return math.prod(mesh.shape[axis] for axis in _mesh_axes("act_batch"))
+
+
+def gather(params: Any, dtype: str | None = None) -> Any:
+    """The parameters as a computation needs them: gathered where the batch is split (FSDP).
+
+    What `model` splits stays split. Call it as late as can be, inside a scan over layers, so that
+    one layer at a time is whole. Left to itself the compiler may split activations by width instead
+    of gathering a weight: slower everywhere, and on a (2, 2, 2) mesh of CPU devices plainly wrong
+    (jax 0.10.2; tests/sampling/test_pipeline.py sees it).
+
+    Args:
+      params: A tree whose paths end like those in PARAM_RULES.
+      dtype: Of the kernels from here on; casting first halves what travels in bfloat16.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        axes = param_axes(name, leaf.ndim)
+        if dtype is not None and name.endswith("kernel"):
+            leaf = leaf.astype(dtype)
+        whole = tuple(
+            None if set(_mesh_axes(a)) & set(_mesh_axes("act_batch")) else a for a in axes
+        )
+        return _gathered(leaf, spec(axes), spec(whole))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x, split: P, whole: P):
+    """Its gradient is scattered back: pinned whole, it would be summed on every device."""
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+_gathered.defvjp(
+    lambda x, split, whole: (_gathered(x, split, whole), None),
+    lambda split, whole, _, gradient: (jax.lax.with_sharding_constraint(gradient, split),),
+)
 
 
 def constrain(x, axes):

@@ -7,6 +7,7 @@ python -m lumina_jax.train --config=configs/tiny.py --workdir=runs/other \
 Run again with the same --workdir, it goes on from the newest checkpoint.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,7 +21,6 @@ import numpy as np
 from absl import flags, logging
 from clu import parameter_overview
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from lumina_jax import checkpoint, cli, distributed, flow, metrics, optim, sharding
@@ -46,12 +46,13 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and p
 class Trainer:
     """A run: everything that the loop needs, built from its config and checked at once.
 
-    The steps, in order: `Loader` makes host batches, `encode` turns them into a `Batch` on the mesh,
-    `step` learns from it.
+    In order: `loader` makes host batches, `encode` turns one into a `Batch` on the mesh, `step`
+    learns from it.
     """
 
     def __init__(self, config: ConfigDict, workdir: str):
         self.config, self.workdir = config, workdir
+        _check_numbers(config)
         self.text_encoder = make_text_encoder(**config.text_encoder)
         self.autoencoder = make_autoencoder(**config.autoencoder)
         self.model = model_config(config, self.text_encoder, self.autoencoder)
@@ -67,8 +68,8 @@ class Trainer:
         self.abstract_state = jax.eval_shape(lambda p: init_state(p, self.optimizer), params)
         self.shardings = sharding.tree_shardings(self.abstract_state, self.mesh)
         self.step = self._make_step(optim_config)
-        self.encode = Encoder(self)
         self.pipeline = self._make_pipeline()
+        self.encode = Encoder(self)
 
         self.checkpointer = checkpoint.Checkpointer(
             workdir,
@@ -78,7 +79,21 @@ class Trainer:
         self.meta = {
             "config": config.to_dict(),
             "model": _plain(dataclasses.asdict(self.model)),
-            "data": {"fingerprint": self.loader.manifest.fingerprint, "seed": config.seed},
+            "data": self._data_meta(),
+        }
+
+    def _data_meta(self) -> dict:
+        """All that decides what batch k is, and what the model is told of it."""
+        data = self.config.data.to_dict()
+        for key in ("directory", "num_threads", "prefetch"):
+            del data[key]
+        return {
+            **_plain(data),
+            "fingerprint": self.loader.manifest.fingerprint,
+            "seed": self.config.seed,
+            "batch_size": self.config.train.batch_size,
+            "text_encoder": self.config.text_encoder.to_dict(),
+            "autoencoder": self.config.autoencoder.to_dict(),
         }
 
     def _check_shapes(self) -> int:
@@ -114,8 +129,9 @@ class Trainer:
         return slots
 
     def _make_step(self, optim_config):
-        config = self.config.flow
-        main = config.time_shift or flow.resolution_shift(self.num_slots)
+        config, main = self.config.flow, self.config.flow.time_shift
+        if main is None:
+            main = flow.resolution_shift(self.num_slots)
         shifts = {"main": main, "own": flow.resolution_shift(self.num_slots // 16)}
         if config.auxiliary_shift not in shifts:
             raise InputError(f"flow.auxiliary_shift={config.auxiliary_shift!r} is not main or own.")
@@ -143,15 +159,19 @@ class Trainer:
         return Pipeline(
             self.model,
             None,
-            text_encoder=self.text_encoder,
+            # One of its own: the loader's threads count what they cut in the other.
+            text_encoder=make_text_encoder(**self.config.text_encoder),
             autoencoder=self.autoencoder,
             defaults=SamplerConfig(**sampling),
             size=size,
             mesh=self.mesh,
         )
 
-    def init_state(self) -> TrainState:
-        """The state to begin with: this run's newest, another run's weights, or a fresh one."""
+    def init_state(self) -> tuple[TrainState, int]:
+        """The state to begin with, and the index of the first batch.
+
+        This run's newest checkpoint, else the weights of `train.init_from`, else a fresh model.
+        """
         if (step := self.checkpointer.latest_step()) is not None:
             logging.info("Going on from step %d in %s.", step, self.checkpointer.directory)
             return self.checkpointer.restore(self.abstract_state, self.shardings, self.meta)
@@ -164,16 +184,13 @@ class Trainer:
                 weights=self.config.train.init_weights,
                 model=self.meta["model"],
             )
-            return jax.jit(make_state, out_shardings=self.shardings)(params)
+            return jax.jit(make_state, out_shardings=self.shardings)(params), 0
 
         def make(key):
             return make_state(next_dit.init_params(self.model, key))
 
         # Drawn where it lies: no device, and no host, ever holds all of it.
-        return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.config.seed))
-
-    def save(self, state: TrainState, step: int) -> None:
-        self.checkpointer.save(state, step, self.meta)
+        return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.config.seed)), 0
 
     def preview(self, state: TrainState, step: int, writer: metrics.Writer) -> None:
         """Draws the preview prompts with the averaged weights, as a contact sheet."""
@@ -207,17 +224,14 @@ class Trainer:
 class Encoder:
     """The frozen programs: host batches in, `Batch` on the mesh out.
 
-    The text encoder is one program; the autoencoder with the cut into tokens is a small one for each
-    bucket shape, compiled when first met. Behind it every bucket looks alike.
+    The text encoder is one program; the autoencoder with the cut into tokens is a small one for
+    each bucket shape, compiled when first met. Behind it every bucket looks alike.
     """
 
     def __init__(self, trainer: Trainer):
         self._sharding = sharding.named(trainer.mesh, ("act_batch",))
         self._batch_size = trainer.config.train.batch_size
-        frozen = (trainer.text_encoder.params, trainer.autoencoder.params)
-        self._text_params, self._image_params = jax.device_put(
-            frozen, sharding.named(trainer.mesh, ())
-        )
+        self._text_params, self._image_params = trainer.pipeline.frozen
         self._encode_text = jax.jit(trainer.text_encoder.encode, out_shardings=self._sharding)
         self._encode_images = jax.jit(
             functools.partial(
@@ -284,64 +298,129 @@ def make_loader(config: ConfigDict, text_encoder: TextEncoder) -> Loader:
 
 def train(config: ConfigDict, workdir: str) -> TrainState:
     """Runs to the end, or to a signal; returns the last state, which is saved."""
-    trainer = Trainer(config, workdir)
-    num_steps, every = config.train.num_steps, config.train
-    state = trainer.init_state()
-    first = int(state.step)
-    if first >= num_steps:
-        logging.info("Nothing to do: %s has all %d steps.", workdir, num_steps)
-        trainer.checkpointer.close()
-        return state
-    if jax.process_index() == 0:
-        logging.info("Model:\n%s", _overview(trainer.model))
-    writer, meter = metrics.Writer(workdir), trainer.make_meter()
-    key = jax.random.key(config.seed)
-    host_batches = trainer.loader.iterate(first)
+    with contextlib.ExitStack() as stack:
+        trainer = Trainer(config, workdir)
+        # On whatever way out: a save that is under way must reach the disk.
+        stack.callback(trainer.checkpointer.close)
+        state, first = trainer.init_state()
+        if first >= config.train.num_steps:
+            logging.info("Nothing to do: %s has all %d steps.", workdir, config.train.num_steps)
+            return state
+        if jax.process_index() == 0:
+            logging.info("Model:\n%s", _overview(trainer.model))
+        writer = stack.enter_context(contextlib.closing(metrics.Writer(workdir)))
+        batches = stack.enter_context(contextlib.closing(trainer.loader.iterate(first)))
+        stack.enter_context(jax.set_mesh(trainer.mesh))
+        state, last = loop(trainer, state, first, batches, writer)
+    if last < config.train.num_steps:
+        logging.info("Stopped at step %d, which is saved; the same command goes on there.", last)
+        sys.exit(130)
+    logging.info("Done: %d steps; the model is in %s.", last, trainer.checkpointer.directory)
+    return state
 
-    previous = None  # metrics of the step before: done, or all but done
+
+def loop(
+    trainer: Trainer, state: TrainState, first: int, batches: Iterator[dict], writer: metrics.Writer
+) -> tuple[TrainState, int]:
+    """Takes batches and steps; returns the last state and how many steps it has seen."""
+    config, checkpointer = trainer.config.train, trainer.checkpointer
+    preview_every = trainer.config.preview.every
+    key = jax.random.key(trainer.config.seed)
+    report = Report(trainer, writer)
+
     with (
-        jax.set_mesh(trainer.mesh),
         Stopper() as stopper,
-        progress_bar("Training", num_steps, first, "steps") as advance,
+        progress_bar("Training", config.num_steps, first, "steps") as advance,
     ):
-        scalars, loss = {}, math.nan
-        batch = trainer.encode(_timed_next(host_batches, meter))
-        for done in range(first + 1, num_steps + 1):
-            state, current = trainer.step(state, batch, key)
-            # While the device works on this step, read the last one and prepare the next.
-            if previous is not None:
-                loss = _add(meter, previous, done - 1, trainer)
-                if (done - 1) % every.log_every == 0:
-                    scalars = _log(trainer, writer, meter, done - 1)
-            previous = current
-            if done < num_steps:
-                batch = trainer.encode(_timed_next(host_batches, meter))
-            advance(done, _describe(loss, scalars))
+        batch = trainer.encode(report.timed_next(batches))
+        for done in range(first + 1, config.num_steps + 1):
+            state, step_metrics = trainer.step(state, batch, key)
+            # While the device works on this step, read what the last one said, make the next batch.
+            report.add(done, step_metrics)
+            if done < config.num_steps:
+                batch = trainer.encode(report.timed_next(batches))
+            advance(done, report.text)
 
-            stop = stopper.requested or trainer.checkpointer.reached_preemption(done)
-            last = done == num_steps or stop
-            if done % every.checkpoint_every == 0 or last:
-                # What is saved must be known to be sound.
-                loss, previous = _add(meter, current, done, trainer), None
-                if done % every.log_every == 0 or last:
-                    scalars = _log(trainer, writer, meter, done)
-                trainer.save(state, done)
-            if done % config.preview.every == 0 or done == num_steps:
+            stop = stopper.requested or checkpointer.reached_preemption(done)
+            last = stop or done == config.num_steps
+            if last or done % config.checkpoint_every == 0:
+                report.catch_up()  # what is saved must be known to be sound
+                checkpointer.save(state, done, trainer.meta)
+            if preview_every and (done % preview_every == 0 or done == config.num_steps):
+                report.catch_up()
                 began = time.perf_counter()
                 trainer.preview(state, done, writer)
-                meter.exclude(time.perf_counter() - began)
+                report.meter.exclude(time.perf_counter() - began)
             if stop:
                 break
-    host_batches.close()
-    trainer.checkpointer.close()
-    writer.close()
-    if stop and done < num_steps:
-        logging.info(
-            "Stopped at step %d, which is saved. The same command goes on from there.", done
-        )
-        sys.exit(130)
-    logging.info("Done: %d steps; the model is in %s.", num_steps, trainer.checkpointer.directory)
-    return state
+        report.close()
+    return state, done
+
+
+class Report:
+    """Metrics from the device to the log, one step late, so that the device never waits for them.
+
+    Attributes:
+      meter: Gathers steps up to the next line.
+      text: The newest loss and speed, for the progress bar.
+    """
+
+    def __init__(self, trainer: Trainer, writer: metrics.Writer):
+        self.meter = trainer.make_meter()
+        self.text = ""
+        self._trainer, self._writer = trainer, writer
+        self._pending: tuple[int, dict] | None = None
+        self._since_line: int | None = None  # the newest step that no line has yet
+
+    def timed_next(self, batches: Iterator[dict]) -> dict:
+        began = time.perf_counter()
+        batch = next(batches)
+        self.meter.add_input_wait(time.perf_counter() - began)
+        return batch
+
+    def add(self, step: int, step_metrics: dict) -> None:
+        """Takes the metrics of a step just begun, and reads those of the step before."""
+        self.catch_up()
+        self._pending = step, step_metrics
+
+    def catch_up(self) -> None:
+        """Reads the metrics that are still on the device, which waits for their step."""
+        if self._pending is None:
+            return
+        (step, step_metrics), self._pending = self._pending, None
+        loss, grad_norm = self.meter.add(step_metrics)
+        self._since_line = step
+        sound = math.isfinite(loss) and math.isfinite(grad_norm)
+        if not sound or step % self._trainer.config.train.log_every == 0:
+            self._write()
+        self.text = f"loss {loss:.4f}{self._speed}"
+        if not sound:
+            checkpointer = self._trainer.checkpointer
+            raise InputError(
+                f"At step {step} the loss is {loss} and the gradient's norm {grad_norm}. The "
+                f"newest checkpoint is of step {checkpointer.latest_step()}, in {checkpointer.directory}. "
+                f"Lower config.optim.learning_rate or config.optim.grad_clip, or use "
+                f"config.model.dtype=float32, and run again."
+            )
+
+    def close(self) -> None:
+        """Writes what the last full line left over."""
+        self.catch_up()
+        if self._since_line is not None:
+            self._write()
+
+    _speed = ""
+
+    def _write(self) -> None:
+        trainer, step = self._trainer, self._since_line
+        scalars = self.meter.flush()
+        scalars["learning_rate"] = float(trainer.learning_rate(step - 1))
+        scalars["captions_cut"] = trainer.text_encoder.num_truncated
+        scalars["records_replaced"] = trainer.loader.num_replaced
+        self._writer.scalars(step, scalars)
+        self._since_line = None
+        speed = "  {steps_per_second:.2f} steps/s  {images_per_second:.0f} images/s"
+        self._speed = speed.format(**scalars)
 
 
 class Stopper:
@@ -373,47 +452,35 @@ class Stopper:
         self._old = {}
 
 
-def _timed_next(batches: Iterator[dict], meter: metrics.Meter) -> dict:
-    began = time.perf_counter()
-    batch = next(batches)
-    meter.add_input_wait(time.perf_counter() - began)
-    return batch
-
-
-def _add(meter, step_metrics, step, trainer) -> float:
-    """Takes in the metrics of a step; a loss that is not finite ends the run."""
-    loss = meter.add(step_metrics)
-    if not math.isfinite(loss):
-        saved = trainer.checkpointer.latest_step()
-        raise InputError(
-            f"The loss of step {step} is {loss}. The last checkpoint is of step {saved}, in "
-            f"{trainer.checkpointer.directory}. Lower config.optim.learning_rate or "
-            f"config.optim.grad_clip, or use config.model.dtype=float32, and run again."
-        )
-    return loss
-
-
-def _log(trainer, writer, meter, step) -> dict[str, float]:
-    scalars = meter.flush()
-    scalars["learning_rate"] = float(trainer.learning_rate(step - 1))
-    writer.scalars(step, scalars)
-    return scalars
-
-
-def _describe(loss: float, scalars: dict[str, float]) -> str:
-    text = f"loss {loss:.4f}"
-    if scalars:
-        text += (
-            f"  {scalars['steps_per_second']:.2f} steps/s"
-            f"  {scalars['images_per_second']:.0f} images/s"
-        )
-    return text
-
-
 def _overview(model: next_dit.NextDiTConfig) -> str:
     return parameter_overview.get_parameter_overview(
         next_dit.abstract_params(model), include_stats=False
     )
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    """Refuses what would stop the run, or a division, later."""
+    train, preview = config.train, config.preview
+    faults = [
+        f"train.{name}={train[name]} must be at least 1"
+        for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+        if train[name] < 1
+    ]
+    if train.keep_checkpoint_every < 0 or preview.every < 0:
+        faults.append(
+            f"train.keep_checkpoint_every={train.keep_checkpoint_every} and preview.every="
+            f"{preview.every} must not be negative; 0 is never"
+        )
+    if preview.every and not preview.prompts:
+        faults.append("preview.prompts is empty; name one, or set preview.every=0")
+    if not config.data.directory:
+        faults.append("data.directory is empty; make a data set with tools/prepare_data.py")
+    if config.flow.time_shift is not None and config.flow.time_shift <= 0:
+        faults.append(
+            f"flow.time_shift={config.flow.time_shift} must be positive; 1 shifts nothing"
+        )
+    if faults:
+        raise InputError("config: " + "; ".join(faults) + ".")
 
 
 def _plain(tree):

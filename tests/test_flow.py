@@ -25,7 +25,9 @@ def test_the_path_runs_from_noise_to_data_at_constant_velocity():
 def test_shift_lowers_the_logit_by_the_log_of_the_shift():
     t = jnp.linspace(0.01, 0.99, 50)
     shifted = flow.shift_times(t, 3.0)
-    np.testing.assert_allclose(logit(shifted), logit(np.asarray(t)) - np.log(3), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        logit(shifted), logit(np.asarray(t)) - np.log(3), rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_array_equal(flow.shift_times(jnp.array([0.0, 1.0]), 6.0), [0, 1])
 
 
@@ -35,7 +37,9 @@ def test_resolution_shift_equals_the_official_line(tokens, mu):
 
 
 def test_logit_normal_times_are_a_shifted_sigmoid_of_a_normal():
-    t = flow.sample_times(jax.random.key(0), 100_000, distribution="logit_normal", shift=np.exp(0.5))
+    t = flow.sample_times(
+        jax.random.key(0), 100_000, distribution="logit_normal", shift=np.exp(0.5)
+    )
     x = logit(np.asarray(t, np.float64))
     assert x.mean() == pytest.approx(-0.5, abs=0.02)
     assert x.std() == pytest.approx(1, abs=0.02)

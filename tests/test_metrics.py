@@ -23,7 +23,7 @@ def test_a_line_averages_its_steps_and_leaves_out_empty_bins(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     meter = metrics.Meter(batch_size=4, flops_per_step=3e9, peak=1e9)
-    assert meter.add(step_metrics(1.0, 0)) == 1.0
+    assert meter.add(step_metrics(1.0, 0)) == (1.0, 1.0)
     meter.add(step_metrics(3.0, 0))
     meter.add(step_metrics(5.0, 19))
     meter.add_input_wait(3.0)
@@ -32,9 +32,15 @@ def test_a_line_averages_its_steps_and_leaves_out_empty_bins(monkeypatch):
     scalars = meter.flush()
     assert scalars == pytest.approx(
         {
-            "loss": 3.0, "grad_norm": 1.0, "loss_bins/00": 2.0, "loss_bins/19": 5.0,
-            "steps_per_second": 0.25, "images_per_second": 1.0, "mfu": 0.75, "input_wait": 0.25,
-        }  # fmt: skip
+            "loss": 3.0,
+            "grad_norm": 1.0,
+            "loss_bins/00": 2.0,
+            "loss_bins/19": 5.0,
+            "steps_per_second": 0.25,
+            "images_per_second": 1.0,
+            "mfu": 0.75,
+            "input_wait": 0.25,
+        }
     )
 
 

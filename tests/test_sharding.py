@@ -1,4 +1,4 @@
-"""Every parameter has a rule, every rule a parameter, and a mesh that does not fit says what would."""
+"""Every parameter has a rule, every rule a parameter; a mesh that does not fit is refused."""
 
 import re
 
@@ -35,7 +35,9 @@ def test_every_parameter_has_a_rule_of_its_rank():
 
 
 def test_a_parameter_without_a_rule_is_an_error():
-    with pytest.raises(ValueError, match=r"No sharding rule matches the parameter 'new/thing'.*rank 2"):
+    with pytest.raises(
+        ValueError, match=r"No sharding rule matches the parameter 'new/thing'.*rank 2"
+    ):
         sharding.param_axes("new/thing", ndim=2)
 
 
@@ -66,14 +68,21 @@ def test_heads_split_over_model_and_width_over_data():
 
 @pytest.mark.parametrize(
     ("sizes", "shape"),
-    [((1, -1, 1), (1, 8, 1)), ((2, -1, 2), (2, 2, 2)), ((-1, 4, 1), (2, 4, 1)), ((1, 1, 8), (1, 1, 8))],
+    [
+        ((1, -1, 1), (1, 8, 1)),
+        ((2, -1, 2), (2, 2, 2)),
+        ((-1, 4, 1), (2, 4, 1)),
+        ((1, 1, 8), (1, 1, 8)),
+    ],
 )
 def test_minus_one_takes_the_devices_that_are_left(sizes, shape):
     mesh = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes, strict=True)))
     assert tuple(mesh.shape.values()) == shape
 
 
-@pytest.mark.parametrize("sizes", [(1, 4, 1), (1, -1, 3), (-1, -1, 1), (0, 8, 1), (3, 3, 1), (1, 8, -2)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 4, 1), (1, -1, 3), (-1, -1, 1), (0, 8, 1), (3, 3, 1), (1, 8, -2)]
+)
 def test_a_mesh_that_does_not_fit_is_refused_with_one_that_does(sizes):
     with pytest.raises(InputError, match="8 devices at hand") as caught:
         sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes, strict=True)))
@@ -84,5 +93,5 @@ def test_a_mesh_that_does_not_fit_is_refused_with_one_that_does(sizes):
 def test_a_model_that_the_mesh_cannot_split_is_refused():
     mesh = sharding.make_mesh(replica=1, data=1, model=8)
     cfg = NextDiTConfig.preset("tiny")
-    with pytest.raises(InputError, match="kv_heads=2 over model=8.*heads=4 over model=8"):
+    with pytest.raises(InputError, match=r"kv_heads=2 over model=8.*heads=4 over model=8"):
         sharding.tree_shardings(abstract_params(cfg), mesh)

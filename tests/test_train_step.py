@@ -31,7 +31,9 @@ def make_batch(num=8):
     latents = jax.random.normal(keys[0], (num, 16, 16, 2))
     image = embed.patchify(latents, 2, 64)
     # Pictures of different size: the mask is not the same for all.
-    image = image._replace(mask=image.mask & (jnp.arange(64)[None] < 32 + 4 * jnp.arange(num)[:, None]))
+    image = image._replace(
+        mask=image.mask & (jnp.arange(64)[None] < 32 + 4 * jnp.arange(num)[:, None])
+    )
     pooled = embed.patchify(embed.pool_latents(latents), 2, 4)
     cap_feats = jax.random.normal(keys[1], (num, 3, 5))
     return Batch(image, pooled, cap_feats, jnp.ones((num, 3), bool))
@@ -106,7 +108,9 @@ def test_time_bins_add_up_to_the_loss():
     _, metrics = run_step()
     assert metrics["loss_bins_count"].shape == (NUM_TIME_BINS,)
     assert float(metrics["loss_bins_count"].sum()) == 8
-    assert float(metrics["loss_bins_sum"].sum() / 8) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+    assert float(metrics["loss_bins_sum"].sum() / 8) == pytest.approx(
+        float(metrics["loss"]), rel=1e-5
+    )
 
 
 def test_the_average_follows_the_parameters():

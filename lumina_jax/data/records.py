@@ -194,8 +194,8 @@ class Manifest:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
-                f"{directory} is not a finished dataset: it has no {MANIFEST}. Make one: "
-                f"python tools/prepare_data.py openmoji --output={directory}"
+                f"{directory} is not a finished dataset: it has no {MANIFEST}. Make one with "
+                f"tools/prepare_data.py --output={directory}; its --help shows how."
             ) from None
         except ValueError as error:
             raise InputError(f"{path} is damaged ({error}). {REMAKE}") from error

@@ -1,8 +1,8 @@
 """Does a sampled picture show what its prompt asks for? On a small data set that can be counted.
 
 A sample is right when, of all training pictures, the one nearest to it (mean squared error) is the
-one whose caption was its prompt. A model that ignores prompts is right once in as many times as there
-are pictures.
+one whose caption was its prompt. A model that ignores prompts is right once in as many times as
+there are pictures.
 """
 
 from collections.abc import Sequence

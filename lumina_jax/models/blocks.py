@@ -57,7 +57,9 @@ class TransformerBlock(nnx.Module):
         cond: Float[Array, "B A"] | None = None,
     ) -> Float[Array, "B T D"]:
         if self.modulation is None:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), segment_ids, freqs))
+            x = x + self.attention_norm2(
+                self.attention(self.attention_norm1(x), segment_ids, freqs)
+            )
             x = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         else:
             modulation = self.modulation(nnx.silu(cond))[:, None, :]
@@ -70,7 +72,7 @@ class TransformerBlock(nnx.Module):
             h = self.ffn_norm1(x) * (1 + scale_ffn)
             h = self.feed_forward(h)
             x = x + jnp.tanh(gate_ffn) * self.ffn_norm2(h)
-        return sharding.constrain(x, ("act_batch", "act_sequence", "act_embed"))
+        return x
 
 
 class FinalLayer(nnx.Module):

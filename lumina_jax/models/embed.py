@@ -26,12 +26,12 @@ def patchify(latents: Float[Array, "B h w C"], patch_size: int, num_slots: int) 
             f"Latents of {height} x {width} do not cut into at most {num_slots} patches of "
             f"{patch_size} x {patch_size}."
         )
-    tokens = rearrange(
-        latents, "B (r p) (c q) C -> B (r c) (p q C)", p=patch_size, q=patch_size
-    )
+    tokens = rearrange(latents, "B (r p) (c q) C -> B (r c) (p q C)", p=patch_size, q=patch_size)
     pad = num_slots - rows * columns
     grid = np.indices((rows, columns)).reshape(2, -1)
-    place = np.pad(np.broadcast_to(grid[:, None], (2, batch, rows * columns)), ((0, 0),) * 2 + ((0, pad),))
+    place = np.pad(
+        np.broadcast_to(grid[:, None], (2, batch, rows * columns)), ((0, 0),) * 2 + ((0, pad),)
+    )
     mask = np.broadcast_to(np.arange(num_slots) < rows * columns, (batch, num_slots))
     return ImageTokens(
         tokens=jnp.pad(tokens, ((0, 0), (0, pad), (0, 0))),

@@ -10,12 +10,14 @@ F text features.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from lumina_jax import sharding
 from lumina_jax.errors import InputError
 from lumina_jax.models import rope
 from lumina_jax.models.blocks import FinalLayer, TransformerBlock
@@ -97,7 +99,7 @@ class NextDiTConfig:
 # a hundred pictures on a laptop.
 PRESETS = {
     "tiny": dict(
-        dim=128, num_layers=4, num_refiner_layers=1, num_heads=4, num_kv_heads=2, hidden_dim=512,
+        dim=128, num_layers=4, num_refiner_layers=1, num_heads=4, num_kv_heads=2, hidden_dim=384,
         axes_dims=(8, 12, 12),
     ),
     "2b": dict(
@@ -117,6 +119,10 @@ PRESETS = {
         axes_dims=(40, 40, 40),
     ),
 }  # fmt: skip
+
+
+# Parameters of these have a leading dim of layers.
+STACKS = ("context_refiner", "noise_refiner", "layers")
 
 
 class NextDiT(nnx.Module):
@@ -162,20 +168,24 @@ class NextDiT(nnx.Module):
 
         cond = self.t_embedder(t)
         x = self.cap_embedder(cap_feats)
-        caption = scan_blocks(self.context_refiner, x, cap_segments, cap_freqs, remat=cfg.remat)
+        run = functools.partial(scan_blocks, remat=cfg.remat, dtype=cfg.dtype)
+        caption = run(self.context_refiner, x, cap_segments, cap_freqs)
         x = self.x_embedder(image.tokens)
-        x = scan_blocks(self.noise_refiner, x, image_segments, image_freqs, cond, remat=cfg.remat)
+        x = run(self.noise_refiner, x, image_segments, image_freqs, cond)
 
         def join(caption, image):
             return jnp.concatenate([caption, image], axis=1)
 
-        segments, freqs = join(cap_segments, image_segments), jax.tree.map(join, cap_freqs, image_freqs)
-        x = scan_blocks(self.layers, join(caption, x), segments, freqs, cond, remat=cfg.remat)
+        segments, freqs = (
+            join(cap_segments, image_segments),
+            jax.tree.map(join, cap_freqs, image_freqs),
+        )
+        x = run(self.layers, join(caption, x), segments, freqs, cond)
         return self.final_layer(x[:, caption.shape[1] :], cond).astype(jnp.float32)
 
 
 def init_params(cfg: NextDiTConfig, key: jax.Array) -> dict:
-    """Fresh parameters as nested dicts; under `jax.jit` with shardings no device holds them whole."""
+    """Fresh parameters as nested dicts; jitted with shardings, no device holds them whole."""
     return nnx.to_pure_dict(nnx.state(NextDiT(cfg, rngs=nnx.Rngs(key)), nnx.Param))
 
 
@@ -189,6 +199,9 @@ def make_forward(cfg: NextDiTConfig):
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: NextDiT(cfg, rngs=nnx.Rngs(0))))
 
     def forward(params, image, t, cap_feats, cap_mask):
+        # The stacks gather one layer at a time as they go.
+        outer = {name: tree for name, tree in params.items() if name not in STACKS}
+        params = {**params, **sharding.gather(outer)}
         return nnx.merge(graphdef, params)(image, t, cap_feats, cap_mask)
 
     return forward

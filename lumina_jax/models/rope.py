@@ -38,9 +38,7 @@ def position_ids(
     return caption, image
 
 
-def frequencies(
-    positions: Int[Array, "B T A"], axes_dims: tuple[int, ...], theta: float
-) -> Freqs:
+def frequencies(positions: Int[Array, "B T A"], axes_dims: tuple[int, ...], theta: float) -> Freqs:
     """The rotation of each token."""
     angles = [
         positions[..., axis, None].astype(jnp.float32) * jnp.asarray(_rates(dim, theta))[None, None]
@@ -61,7 +59,10 @@ def rotate(x: Float[Array, "B H T d"], freqs: Freqs) -> Float[Array, "B H T d"]:
     # The partner (-b, a) is a product with a signed permutation: exact, and on a TPU far cheaper
     # than slicing out every other lane.
     partner = jnp.einsum(
-        "bhtd,de->bhte", x, _partners(x.shape[-1]).astype(x.dtype), precision=jax.lax.Precision.HIGHEST
+        "bhtd,de->bhte",
+        x,
+        _partners(x.shape[-1]).astype(x.dtype),
+        precision=jax.lax.Precision.HIGHEST,
     )
     cos, sin = freqs.cos[:, None], freqs.sin[:, None]
     turned = x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin

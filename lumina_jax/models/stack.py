@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from lumina_jax import sharding
+
 # What the backward pass finds saved, from the least memory to the least recomputation.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -23,12 +25,15 @@ def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], num: int, *, rngs
     return jax.vmap(lambda key: make_block(nnx.Rngs(key)))(keys)
 
 
-def scan_blocks(blocks, x, *args, remat: str):
-    """Applies stacked blocks in order: x = block(x, *args) for each."""
+def scan_blocks(blocks, x, *args, remat: str, dtype: str):
+    """Applies stacked blocks in order: x = block(x, *args) for each, kernels in `dtype`."""
+
+    def pin(x):
+        return sharding.constrain(x, ("act_batch", "act_sequence", "act_embed"))
 
     def body(x, block):
-        return block(x, *args), None
+        return pin(sharding.gather(block, dtype)(x, *args)), None
 
     body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x, _ = jax.lax.scan(body, x, blocks)
+    x, _ = jax.lax.scan(body, pin(x), blocks)
     return x

@@ -44,7 +44,7 @@ _BRANCHES = ((2, 0), (3, 1), (5, 2))  # width of the convolution, pieces it sees
 _NUM_CHUNKS = 17  # piece i lies in chunk i % 17; each chunk has its own scale and offset
 _EPSILON = 1e-12
 
-# Of the module, not of the encoder: an encoder travels to the loader's processes by pickle.
+# Of the module, not of the encoder: a lock cannot be copied or pickled with it.
 _count_lock = threading.Lock()
 
 

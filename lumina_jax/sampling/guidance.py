@@ -16,13 +16,13 @@ def guide(
     conditional: Float[Array, "B h w C"],
     unconditional: Float[Array, "B h w C"],
     *,
-    scale: float,
-    renorm: float,
+    scale: Float[Array, ""] | float,
+    renorm: Float[Array, ""] | float | None,
     semantics: str,
 ) -> Float[Array, "B h w C"]:
-    """The guided velocity; `renorm` = 0 leaves its norm alone."""
+    """The guided velocity; without `renorm` its norm is left alone."""
     velocity = unconditional + scale * (conditional - unconditional)
-    if not renorm:
+    if renorm is None:
         return velocity
     if semantics == "official":
         return clip_norm(velocity, conditional, renorm)
@@ -30,11 +30,14 @@ def guide(
 
 
 def clip_norm(
-    velocity: Float[Array, "B h w C"], conditional: Float[Array, "B h w C"], limit: float
+    velocity: Float[Array, "B h w C"],
+    conditional: Float[Array, "B h w C"],
+    limit: Float[Array, ""] | float,
 ) -> Float[Array, "B h w C"]:
-    """Shrinks each picture's velocity to at most `limit` times the conditional norm; never grows it.
+    """Shrinks each picture's velocity to at most `limit` times the conditional norm.
 
-    The norm runs over the whole picture (official transport code, made safe for batches).
+    It never grows. The norm runs over the whole picture, as in the official transport code, which
+    is right for a batch of one only.
     """
     norm = _norm(velocity, axis=(1, 2, 3))
     allowed = limit * _norm(conditional, axis=(1, 2, 3))

@@ -1,7 +1,7 @@
 """From prompts to pictures, in one call.
 
-    pipeline = Pipeline.from_checkpoint("runs/tiny")
-    pipeline(["dog face"])[0].save("dog.png")
+pipeline = Pipeline.from_checkpoint("runs/tiny")
+pipeline(["dog face"])[0].save("dog.png")
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ class Pipeline:
       params: Of the model, placed on `mesh`; may be replaced by others of the same shapes.
       defaults: Sampling settings that a call does not name.
       size: (height, width) of a picture, in pixels, when a call does not name it.
+      frozen: Parameters of the text encoder and of the autoencoder, placed on `mesh`.
     """
 
     def __init__(
@@ -54,11 +55,14 @@ class Pipeline:
         self._text_encoder = text_encoder
         self._autoencoder = autoencoder
         replicated = sharding.named(mesh, ())
-        # Frozen parameters go in as arguments: a closed-over array would be copied into each program.
-        self._frozen = jax.device_put((text_encoder.params, autoencoder.params), replicated)
+        # Frozen parameters are arguments: a closed-over array would be copied into each program.
+        self.frozen = jax.device_put((text_encoder.params, autoencoder.params), replicated)
+        self.check_size(*size)
         self._draw = jax.jit(
-            functools.partial(_draw, make_forward(model), text_encoder, autoencoder, model.patch_size),
-            static_argnames="config",
+            functools.partial(
+                _draw, make_forward(model), text_encoder, autoencoder, model.patch_size
+            ),
+            static_argnames="program",
             out_shardings=replicated,
         )
 
@@ -118,8 +122,9 @@ class Pipeline:
 
         Args:
           prompts: One prompt or several.
-          negative_prompt: What guidance leads away from, one for all or one for each; "" by default.
-          height: In pixels, likewise `width`: multiples of the model's patch in pixels.
+          negative_prompt: What guidance leads away from, one for all or one for each.
+          height: In pixels, a multiple of the model's patch in pixels.
+          width: Likewise.
           num_steps: See SamplerConfig, as for the six settings after it.
           guidance_scale: 1 follows the prompt alone.
           guidance_truncation: 1 guides to the end.
@@ -148,8 +153,9 @@ class Pipeline:
         }
         given = {name: value for name, value in settings.items() if value is not None}
         config = dataclasses.replace(self.defaults, **given)
-        height, width = height or self.size[0], width or self.size[1]
-        self._check_size(height, width)
+        height = self.size[0] if height is None else height
+        width = self.size[1] if width is None else width
+        self.check_size(height, width)
         negatives = _one_for_each(negative_prompt or "", prompts, "negative_prompt")
         if latents is None:
             latents = self._noise(_seeds(seed, prompts), height, width)
@@ -163,7 +169,9 @@ class Pipeline:
         latents = jnp.concatenate([latents, jnp.repeat(latents[-1:], fill, axis=0)])
         inputs = jax.device_put((latents, *tokens), sharding.named(self.mesh, ("act_batch",)))
         with jax.set_mesh(self.mesh):
-            images = self._draw(self.params, *self._frozen, *inputs, config=config)
+            images = self._draw(
+                self.params, *self.frozen, *inputs, config.numbers(), program=config.program()
+            )
         images = np.asarray(images.addressable_data(0))[:num]
         if output == "float":
             return images
@@ -175,7 +183,8 @@ class Pipeline:
         """Sides of a picture are multiples of this."""
         return self._autoencoder.downscale * self._model.patch_size
 
-    def _check_size(self, height, width):
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses sizes that do not cut into patches."""
         unit = self.pixels_per_token
         for name, size in (("height", height), ("width", width)):
             if size < unit or size % unit:
@@ -215,14 +224,15 @@ class Pipeline:
 
 def _draw(
     forward, text_encoder, autoencoder, patch_size,
-    params, text_params, autoencoder_params, latents, tokens, negative_tokens, *, config,
+    params, text_params, autoencoder_params, latents, tokens, negative_tokens, numbers, *, program,
 ):  # fmt: skip
     """The one program: captions, loop, decoder. Images in [0, 1]."""
     caption, negative = (
-        (text_encoder.encode(text_params, ids, mask), mask) for ids, mask in (tokens, negative_tokens)
+        (text_encoder.encode(text_params, ids, mask), mask)
+        for ids, mask in (tokens, negative_tokens)
     )
     latents = sampler.sample(
-        forward, params, latents, caption, negative, patch_size=patch_size, config=config
+        forward, params, latents, caption, negative, numbers, patch_size=patch_size, program=program
     )
     return jnp.clip((autoencoder.decode(autoencoder_params, latents) + 1) / 2, 0, 1)
 
@@ -231,7 +241,8 @@ def _one_for_each(value, prompts, name):
     values = [value] * len(prompts) if isinstance(value, str) else list(value)
     if len(values) != len(prompts):
         raise InputError(
-            f"{name} has {len(values)} entries for {len(prompts)} prompt(s): give one, or one for each."
+            f"{name} has {len(values)} entries for {len(prompts)} prompt(s): give one, or one for "
+            f"each."
         )
     return values
 
@@ -243,7 +254,8 @@ def _seeds(seed, prompts):
         seeds = list(seed)
     if len(seeds) != len(prompts):
         raise InputError(
-            f"seed has {len(seeds)} entries for {len(prompts)} prompt(s): give one, or one for each."
+            f"seed has {len(seeds)} entries for {len(prompts)} prompt(s): give one, or one for "
+            f"each."
         )
     if outside := [number for number in seeds if not 0 <= number < 2**32]:
         raise InputError(f"seed {outside[0]} is not between 0 and {2**32 - 1}.")

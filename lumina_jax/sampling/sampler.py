@@ -9,7 +9,7 @@ Axes: B batch, h w latent height and width, C latent channels, S caption slots, 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +25,7 @@ SEMANTICS = ("official", "diffusers")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How a picture is drawn. Every field is a key of `config.sampling`; it is static under jit.
+    """How a picture is drawn. Every field is a key of `config.sampling`.
 
     Two programs define this model's sampler and give the same names different meanings, so
     `semantics` says whose are meant:
@@ -87,6 +87,40 @@ class SamplerConfig:
             return int(np.sum(self.times()[:-1] < self.guidance_truncation))
         return min(self.num_intervals, math.floor(self.guidance_truncation * self.num_intervals))
 
+    def numbers(self) -> "Numbers":
+        """What may change without compiling again."""
+        return Numbers(
+            times=self.times().astype(np.float32),
+            guidance_scale=np.float32(self.guidance_scale),
+            guidance_renorm=np.float32(self.guidance_renorm),
+        )
+
+    def program(self) -> "Program":
+        """What a compiled sampler is made for."""
+        return Program(
+            num_guided=self.num_guided(),
+            renorm=self.guidance_renorm > 0,
+            semantics=self.semantics,
+            solver=self.solver,
+        )
+
+
+class Numbers(NamedTuple):
+    """The settings of a sampler that are arrays under jit."""
+
+    times: Float[Array, " points"]
+    guidance_scale: Float[Array, ""]
+    guidance_renorm: Float[Array, ""]
+
+
+class Program(NamedTuple):
+    """The settings of a sampler that are static under jit."""
+
+    num_guided: int
+    renorm: bool
+    semantics: str
+    solver: str
+
 
 def sample(
     forward: Callable,
@@ -94,9 +128,10 @@ def sample(
     latents: Float[Array, "B h w C"],
     caption: tuple[Float[Array, "B S F"], Bool[Array, "B S"]],
     negative: tuple[Float[Array, "B S F"], Bool[Array, "B S"]],
+    numbers: Numbers,
     *,
     patch_size: int,
-    config: SamplerConfig,
+    program: Program,
 ) -> Float[Array, "B h w C"]:
     """Latents of the pictures that begin as the noise `latents`.
 
@@ -106,8 +141,9 @@ def sample(
       latents: Noise of unit variance, float32.
       caption: Features and mask of the prompts.
       negative: Features and mask of what guidance leads away from.
+      numbers: Times and strengths.
       patch_size: Of the model.
-      config: Static.
+      program: Static.
     """
     batch, height, width, _ = latents.shape
     num_tokens = height * width // patch_size**2
@@ -125,14 +161,12 @@ def sample(
         return guide(
             both[:batch],
             both[batch:],
-            scale=config.guidance_scale,
-            renorm=config.guidance_renorm,
-            semantics=config.semantics,
+            scale=numbers.guidance_scale,
+            renorm=numbers.guidance_renorm if program.renorm else None,
+            semantics=program.semantics,
         )
 
     doubled = tuple(jnp.concatenate(pair) for pair in zip(caption, negative, strict=True))
-    times = jnp.asarray(config.times(), jnp.float32)
-    split = config.num_guided()
-    solve = SOLVERS[config.solver]
-    latents = solve(guided, latents, times[: split + 1])
-    return solve(conditional, latents, times[split:])
+    solve, split = SOLVERS[program.solver], program.num_guided
+    latents = solve(guided, latents, numbers.times[: split + 1])
+    return solve(conditional, latents, numbers.times[split:])

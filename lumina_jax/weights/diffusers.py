@@ -137,5 +137,7 @@ def to_diffusers(params: dict, cfg: NextDiTConfig) -> dict[str, np.ndarray]:
     result = {}
     for tensor in diffusers_tensors(cfg):
         value = np.asarray(flat[tensor.path])
-        result[tensor.name] = tensor.to_theirs(value if tensor.layer is None else value[tensor.layer])
+        result[tensor.name] = tensor.to_theirs(
+            value if tensor.layer is None else value[tensor.layer]
+        )
     return result

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumina_jax import train as train_module
 from lumina_jax.errors import InputError
 from lumina_jax.sampling.pipeline import Pipeline
-from lumina_jax.train import Trainer, train
+from lumina_jax.train import Report, Trainer, train
 
 
 def losses(workdir):
@@ -59,20 +58,20 @@ def test_stop_and_resume_equals_an_uninterrupted_run_bit_for_bit(
     uninterrupted, config, tmp_path, monkeypatch
 ):
     """Terminated after the second step, gone on from there: same state, to the last bit."""
-    log = train_module._log
+    read = Report.catch_up
 
-    def log_and_terminate(trainer, writer, meter, step):
-        if step == 2:
+    def read_and_terminate(report):
+        if report._pending and report._pending[0] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return log(trainer, writer, meter, step)
+        read(report)
 
-    monkeypatch.setattr(train_module, "_log", log_and_terminate)
+    monkeypatch.setattr(Report, "catch_up", read_and_terminate)
     with pytest.raises(SystemExit) as stopped:
         train(config, str(tmp_path))
     assert stopped.value.code == 130
     assert max(losses(tmp_path)) < 6
 
-    monkeypatch.setattr(train_module, "_log", log)
+    monkeypatch.undo()
     state = train(config, str(tmp_path))
     assert_equal(state, uninterrupted[1])
     assert losses(tmp_path) == losses(uninterrupted[0])
@@ -101,7 +100,7 @@ def test_a_finished_run_is_left_alone(uninterrupted, config):
 def test_all_buckets_share_one_compiled_step(config, tmp_path):
     """Oracle of design section 3: only the small encoding program knows a picture's shape."""
     trainer = Trainer(config, str(tmp_path))
-    state, shapes = trainer.init_state(), set()
+    (state, _), shapes = trainer.init_state(), set()
     key = jax.random.key(0)
     with jax.set_mesh(trainer.mesh):
         for step in range(12):
@@ -135,10 +134,10 @@ def test_a_stage_starts_from_the_average_of_the_stage_before(uninterrupted, conf
     workdir, state = uninterrupted
     config.train.update(init_from=str(workdir), num_steps=1)
     trainer = Trainer(config, str(tmp_path))
-    begun = trainer.init_state()
+    begun, next_batch = trainer.init_state()
     trainer.checkpointer.close()
     assert_equal(begun.params, state.ema)
-    assert int(begun.step) == 0
+    assert (int(begun.step), next_batch) == (0, 0)
 
 
 def test_the_pipeline_of_a_checkpoint_draws_with_the_average(uninterrupted):
@@ -151,9 +150,25 @@ def test_the_pipeline_of_a_checkpoint_draws_with_the_average(uninterrupted):
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(config, tmp_path):
     config.optim.update(learning_rate=1e30, warmup_steps=0, grad_clip=float("inf"))
-    with pytest.raises(InputError, match=r"The loss of step \d is nan.*Lower config.optim.learning_rate"):
+    with pytest.raises(
+        InputError, match=r"At step \d the loss is .*Lower config.optim.learning_rate"
+    ):
         train(config, str(tmp_path))
     assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_under_way_is_finished_when_the_run_fails(config, tmp_path):
+    config.train.update(checkpoint_every=1)
+    config.optim.update(learning_rate=1e30, warmup_steps=0, grad_clip=float("inf"))
+    with pytest.raises(InputError, match="newest checkpoint is of step 1"):
+        train(config, str(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_resume_that_would_change_the_data_is_refused(uninterrupted, config):
+    config.train.update(batch_size=16, num_steps=8)
+    with pytest.raises(InputError, match="another data: batch_size: 8 there, 16 in this run"):
+        train(config, str(uninterrupted[0]))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +183,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(config, tmp_pat
         ({"data": {"directory": "/nowhere"}}, "/nowhere is not a finished dataset"),
         ({"data": {"resolution": 16}}, "tokens; config.data.resolution=16 has room for 16"),
         ({"data": {"languages": ("xx",)}}, "allows none of them"),
+        ({"train": {"log_every": 0}}, "train.log_every=0 must be at least 1"),
+        ({"preview": {"prompts": ()}}, "preview.prompts is empty"),
+        ({"sampling": {"height": 30}}, "height=30 is not a multiple of 4 pixels"),
+        ({"flow": {"time_shift": 0.0}}, "flow.time_shift=0.0 must be positive"),
+        ({"data": {"directory": ""}}, "data.directory is empty"),
         ({"flow": {"auxiliary_shift": "other"}}, "auxiliary_shift='other' is not main or own"),
         ({"flow": {"time_distribution": "beta"}}, "time_distribution='beta' is not one of"),
         ({"flow": {"auxiliary_weight": 1.0}}, "is not a multiple of 16 pixels"),

@@ -41,7 +41,9 @@ def inputs(lengths=(9, 3), size=(8, 12), slots=12, image_slots=24, seed=1):
     t = jax.random.uniform(keys[1], (len(lengths),))
     feats = jax.random.normal(keys[2], (len(lengths), 32, TOY.cap_feat_dim))
     mask = jnp.arange(slots)[None, :] < jnp.asarray(lengths)[:, None]
-    feats = jnp.pad(feats, ((0, 0), (0, max(slots - 32, 0)), (0, 0)), constant_values=50.0)[:, :slots]
+    feats = jnp.pad(feats, ((0, 0), (0, max(slots - 32, 0)), (0, 0)), constant_values=50.0)[
+        :, :slots
+    ]
     feats = jnp.where(mask[..., None], feats, 50.0)
     return embed.patchify(latents, TOY.patch_size, image_slots), t, feats, mask
 
@@ -76,7 +78,9 @@ def test_flops_equal_those_of_the_compiled_program():
     shapes = jax.eval_shape(lambda: inputs(image_slots=24, slots=8, lengths=(8,)))
     compiled = jax.jit(next_dit.make_forward(cfg)).lower(next_dit.abstract_params(cfg), *shapes)
     counted = compiled.compile().cost_analysis()["flops"]
-    rotations = 2 * 96 * 3 * (4 + 2) * 96 * (24 + 8) / 3  # partners by matrix product, in each block
+    rotations = (
+        2 * 96 * 3 * (4 + 2) * 96 * (24 + 8) / 3
+    )  # partners by matrix product, in each block
     assert counted == pytest.approx(next_dit.forward_flops(cfg, 24, 8) + rotations, rel=0.03)
 
 
@@ -122,7 +126,9 @@ def test_neighbours_of_other_shapes_do_not_change_the_velocity(forward, params):
     image, t, feats, mask = inputs()
     alone = forward(params, ImageTokens(*(x[:1] for x in image)), t[:1], feats[:1], mask[:1])
     other, *_ = inputs(size=(4, 6), seed=7)
-    mixed = ImageTokens(*(jnp.concatenate([x[:1], y[1:]]) for x, y in zip(image, other, strict=True)))
+    mixed = ImageTokens(
+        *(jnp.concatenate([x[:1], y[1:]]) for x, y in zip(image, other, strict=True))
+    )
     together = forward(params, mixed, t, feats, mask)
     np.testing.assert_allclose(together[:1], alone, atol=2e-5)
 

@@ -1,8 +1,8 @@
 """Our velocity and its gradients equal those of diffusers.Lumina2Transformer2DModel.
 
-Random weights, every one of them (norms and biases too), go through the production name table. Theirs
-takes one picture size a call and counts no token positions for us, so agreement here also proves
-the fixed [caption | image] layout, the masks and the per-token rows and columns.
+Random weights, every one of them (norms and biases too), go through the production name table.
+Theirs takes one picture size a call and packs tokens raggedly, so agreement here also proves the
+fixed [caption | image] layout, the masks and the per-token rows and columns.
 """
 
 import jax
@@ -144,7 +144,9 @@ def test_gradient_of_every_parameter_equals_diffusers(name):
     latents, t, cap_feats, cap_mask = make_inputs(cfg, (8, 12))
     target = np.random.default_rng(2).normal(size=latents.shape).astype(np.float32)
 
-    loss = torch.mean((call_theirs(theirs, latents, t, cap_feats, cap_mask) - torch.as_tensor(target)) ** 2)
+    loss = torch.mean(
+        (call_theirs(theirs, latents, t, cap_feats, cap_mask) - torch.as_tensor(target)) ** 2
+    )
     loss.backward()
 
     def our_loss(params):

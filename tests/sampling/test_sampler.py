@@ -1,5 +1,7 @@
 """The loop on fields with a known answer, and the numbers that both reference programs give."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,8 +83,12 @@ def test_truncation_saves_forward_passes_in_the_compiled_program():
 
     latents = jnp.ones((1, 4, 4, 2))
     caption = (jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool))
-    run = jax.jit(sampler.sample, static_argnums=0, static_argnames=("patch_size", "config"))
-    run(forward, 0.1, latents, caption, caption, patch_size=2, config=make_config())
+    config = make_config()
+    run = jax.jit(sampler.sample, static_argnums=0, static_argnames=("patch_size", "program"))
+    run(
+        forward, 0.1, latents, caption, caption, config.numbers(),
+        patch_size=2, program=config.program(),
+    )  # fmt: skip
     jax.effects_barrier()
     assert sum(seen) == 84
 
@@ -97,9 +103,9 @@ def draw(config, params=0.3):
     mask = jnp.ones((3, 2), bool)
     caption = (jnp.arange(6.0).reshape(3, 2, 1), mask)
     negative = (-jnp.ones((3, 2, 1)), mask)
-    return sampler.sample(
-        forward, params, latents, caption, negative, patch_size=2, config=config
-    )
+    return jax.jit(
+        functools.partial(sampler.sample, forward, patch_size=2, program=config.program())
+    )(params, latents, caption, negative, config.numbers())
 
 
 def test_without_guidance_the_negative_prompt_does_not_matter():
@@ -132,7 +138,7 @@ def test_official_renorm_clips_the_norm_of_each_picture(velocities):
     conditional, unconditional = velocities
     # The first picture's guided norm stays below the bound, the others' do not.
     unconditional = unconditional.at[0].set(1.5 * conditional[0])
-    plain = guidance.guide(conditional, unconditional, scale=2.0, renorm=0.0, semantics="official")
+    plain = guidance.guide(conditional, unconditional, scale=2.0, renorm=None, semantics="official")
     found = guidance.guide(conditional, unconditional, scale=2.0, renorm=1.0, semantics="official")
     norm = lambda x: np.sqrt(np.sum(np.square(x), axis=(1, 2, 3)))  # noqa: E731
     np.testing.assert_allclose(norm(found)[1:], norm(conditional)[1:], rtol=1e-5)
@@ -147,7 +153,9 @@ def test_diffusers_renorm_gives_every_row_the_conditional_norm(velocities):
         torch.from_numpy(np.array(v)).permute(0, 3, 1, 2) for v in velocities
     )
     combined = unconditional + 4.0 * (conditional - unconditional)
-    ratio = torch.norm(conditional, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True)
+    ratio = torch.norm(conditional, dim=-1, keepdim=True) / torch.norm(
+        combined, dim=-1, keepdim=True
+    )
     expected = (combined * ratio).permute(0, 2, 3, 1).numpy()
     found = guidance.guide(*velocities, scale=4.0, renorm=1.0, semantics="diffusers")
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -187,8 +195,9 @@ def test_the_loop_sees_the_picture_as_tokens_of_its_shape():
 
     latents = jnp.zeros((1, 4, 6, 2))
     caption = (jnp.ones((1, 2, 1)), jnp.ones((1, 2), bool))
-    sampler.sample(
-        forward, None, latents, caption, caption, patch_size=2, config=make_config(num_steps=3)
+    config = make_config(num_steps=3)
+    jax.jit(functools.partial(sampler.sample, forward, patch_size=2, program=config.program()))(
+        None, latents, caption, caption, config.numbers()
     )
     assert shapes[0] == ((2, 6, 8), (2, 6))
     assert patchify(latents, 2, 6).columns[0].tolist() == [0, 1, 2, 0, 1, 2]
