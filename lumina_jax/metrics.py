@@ -61,7 +61,7 @@ class Meter:
       peak: FLOP/s of all devices together.
     """
 
-    def __init__(self, *, batch_size: int, flops_per_step: float, peak: float):
+    def __init__(self, *, batch_size: int, flops_per_step: int | float, peak: float):
         self._batch_size = batch_size
         self._flops_per_step = flops_per_step
         self._peak = peak

@@ -310,8 +310,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             logging.info("Model:\n%s", _overview(trainer.model))
         writer = stack.enter_context(contextlib.closing(metrics.Writer(workdir)))
         batches = stack.enter_context(contextlib.closing(trainer.loader.iterate(first)))
+        report = Report(trainer, writer)
         stack.enter_context(jax.set_mesh(trainer.mesh))
-        state, last = loop(trainer, state, first, batches, writer)
+        state, last = loop(trainer, state, first, batches, report)
     if last < config.train.num_steps:
         logging.info("Stopped at step %d, which is saved; the same command goes on there.", last)
         sys.exit(130)
@@ -320,13 +321,12 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
 
 
 def loop(
-    trainer: Trainer, state: TrainState, first: int, batches: Iterator[dict], writer: metrics.Writer
+    trainer: Trainer, state: TrainState, first: int, batches: Iterator[dict], report: "Report"
 ) -> tuple[TrainState, int]:
     """Takes batches and steps; returns the last state and how many steps it has seen."""
     config, checkpointer = trainer.config.train, trainer.checkpointer
     preview_every = trainer.config.preview.every
     key = jax.random.key(trainer.config.seed)
-    report = Report(trainer, writer)
 
     with (
         Stopper() as stopper,
@@ -349,7 +349,7 @@ def loop(
             if preview_every and (done % preview_every == 0 or done == config.num_steps):
                 report.catch_up()
                 began = time.perf_counter()
-                trainer.preview(state, done, writer)
+                trainer.preview(state, done, report.writer)
                 report.meter.exclude(time.perf_counter() - began)
             if stop:
                 break
@@ -363,12 +363,14 @@ class Report:
     Attributes:
       meter: Gathers steps up to the next line.
       text: The newest loss and speed, for the progress bar.
+      writer: Where lines go.
     """
 
     def __init__(self, trainer: Trainer, writer: metrics.Writer):
         self.meter = trainer.make_meter()
         self.text = ""
-        self._trainer, self._writer = trainer, writer
+        self.writer = writer
+        self._trainer = trainer
         self._pending: tuple[int, dict] | None = None
         self._since_line: int | None = None  # the newest step that no line has yet
 
@@ -395,11 +397,11 @@ class Report:
             self._write()
         self.text = f"loss {loss:.4f}{self._speed}"
         if not sound:
-            checkpointer = self._trainer.checkpointer
+            saved = self._trainer.checkpointer
             raise InputError(
                 f"At step {step} the loss is {loss} and the gradient's norm {grad_norm}. The "
-                f"newest checkpoint is of step {checkpointer.latest_step()}, in {checkpointer.directory}. "
-                f"Lower config.optim.learning_rate or config.optim.grad_clip, or use "
+                f"newest checkpoint is of step {saved.latest_step()}, in {saved.directory}. Lower "
+                f"config.optim.learning_rate or config.optim.grad_clip, or use "
                 f"config.model.dtype=float32, and run again."
             )
 
@@ -417,7 +419,7 @@ class Report:
         scalars["learning_rate"] = float(trainer.learning_rate(step - 1))
         scalars["captions_cut"] = trainer.text_encoder.num_truncated
         scalars["records_replaced"] = trainer.loader.num_replaced
-        self._writer.scalars(step, scalars)
+        self.writer.scalars(step, scalars)
         self._since_line = None
         speed = "  {steps_per_second:.2f} steps/s  {images_per_second:.0f} images/s"
         self._speed = speed.format(**scalars)

@@ -1,6 +1,7 @@
 """Eight emulated devices for every test, no silent broadcasting, and one small data set."""
 
 import os
+import tempfile
 
 # Before jax is imported: with libtpu installed a bare import would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +14,9 @@ from lumina_jax.data.buckets import Bucket
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests run the same program; the second one need not compile it.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="lumina_jax_tests_"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 EMOJIS = "🐶🐱🍎🍋🏠🌞😀🎈 🇩🇪🇫🇷🇯🇵🚂🚐👀🦇🐖 🍷🍾🌵🕯️🧍👗🚪🖊️"
 BUCKETS = (Bucket(24, 40), Bucket(32, 32), Bucket(40, 24))

@@ -11,6 +11,7 @@ F text features.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ class NextDiTConfig:
     num_heads: int
     num_kv_heads: int
     hidden_dim: int
-    axes_dims: tuple[int, ...]
+    axes_dims: Sequence[int]  # a tuple, once made
     num_refiner_layers: int = 2
     in_channels: int = 16
     patch_size: int = 2

@@ -17,6 +17,6 @@ def config(dataset):
     )  # fmt: skip
     config.optim.update(learning_rate=1e-3, warmup_steps=2)
     config.train.update(num_steps=6, batch_size=8, log_every=1, checkpoint_every=3)
-    config.preview.update(every=100, prompts=("dog face", "Hund"))
+    config.preview.update(every=0, prompts=("dog face", "Hund"))
     config.sampling.update(height=32, width=32, num_steps=3)
     return config

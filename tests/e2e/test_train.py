@@ -33,13 +33,15 @@ def reference(tmp_path_factory):
 def uninterrupted(reference, config):
     workdir, made = reference
     if not made:
+        config.preview.every = 6
         made["state"] = train(config, str(workdir))
+        config.preview.every = 0
     return workdir, made["state"]
 
 
 @pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2), (1, 1, 8)])
 def test_losses_agree_on_every_mesh(uninterrupted, config, tmp_path, mesh):
-    config.mesh.update(zip(("replica", "data", "model"), mesh, strict=True))
+    config.mesh.update(dict(zip(("replica", "data", "model"), mesh, strict=True)))
     train(config, str(tmp_path))
     expected, found = losses(uninterrupted[0]), losses(tmp_path)
     assert found.keys() == expected.keys() == set(range(1, 7))
@@ -77,6 +79,7 @@ def test_stop_and_resume_equals_an_uninterrupted_run_bit_for_bit(
     assert losses(tmp_path) == losses(uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_resume_on_another_mesh_goes_on_with_the_same_losses(uninterrupted, config, tmp_path):
     config.train.num_steps = 3
     config.optim.schedule = "constant"  # the schedule must not know where the run ends
@@ -177,14 +180,14 @@ def test_a_resume_that_would_change_the_data_is_refused(uninterrupted, config):
         ({"train": {"batch_size": 12}}, "batch_size=12 does not split over 8.*nearest: 8 and 16"),
         ({"train": {"num_microbatches": 3}}, "must be a multiple of 24"),
         ({"mesh": {"data": 3}}, "mesh .replica=1, data=3, model=1. does not fit"),
-        ({"model": {"patch_size": 5}}, "resolution"),
+        ({"model": {"patch_size": 5}}, "Resolution 32 is not a multiple of 5 pixels"),
         ({"model": {"patch_size": 8, "dim": 66}}, "dim=66 is not a multiple of num_heads=8"),
         ({"data": {"buckets": ("64x16",)}}, "has no bucket 64x16; it has"),
         ({"data": {"directory": "/nowhere"}}, "/nowhere is not a finished dataset"),
         ({"data": {"resolution": 16}}, "tokens; config.data.resolution=16 has room for 16"),
         ({"data": {"languages": ("xx",)}}, "allows none of them"),
         ({"train": {"log_every": 0}}, "train.log_every=0 must be at least 1"),
-        ({"preview": {"prompts": ()}}, "preview.prompts is empty"),
+        ({"preview": {"every": 1, "prompts": ()}}, "preview.prompts is empty"),
         ({"sampling": {"height": 30}}, "height=30 is not a multiple of 4 pixels"),
         ({"flow": {"time_shift": 0.0}}, "flow.time_shift=0.0 must be positive"),
         ({"data": {"directory": ""}}, "data.directory is empty"),
