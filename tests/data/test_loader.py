@@ -252,7 +252,7 @@ def test_a_bucket_that_does_not_exist_lists_those_that_do(load):
 
 
 def test_a_directory_without_a_dataset_says_how_to_make_one(load, tmp_path):
-    with pytest.raises(InputError, match=r"Make one: python tools/prepare_data\.py"):
+    with pytest.raises(InputError, match=r"Make one with tools/prepare_data\.py"):
         load(tmp_path)
 
 

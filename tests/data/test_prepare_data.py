@@ -30,8 +30,8 @@ def test_bad_input_is_one_line_and_status_two(tmp_path):
     for arguments, message in [
         (["openmoji", f"--output={tmp_path}", "--emojis=🐶dog"], "no drawing of 'dog'"),
         (["openmoji", f"--output={tmp_path}", "--buckets=48*48"], "Write width x height"),
-        (["openmoji"], "--output is missing"),
-        (["photos"], "name one source of pictures: openmoji"),
+        (["openmoji"], "Missing --output"),
+        (["photos"], "name one of openmoji"),
     ]:
         done = prepare_data(*arguments)
         assert done.returncode == 2

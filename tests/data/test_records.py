@@ -158,7 +158,7 @@ def test_an_unfinished_dataset_can_be_replaced(small):
 
 
 def test_a_directory_without_a_manifest_says_how_to_make_one(tmp_path):
-    with pytest.raises(InputError, match=r"no manifest.json. Make one: python tools/prepare_data"):
+    with pytest.raises(InputError, match=r"no manifest.json. Make one with tools/prepare_data"):
         records.Manifest.load(tmp_path / "nothing")
 
 

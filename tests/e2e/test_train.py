@@ -115,6 +115,7 @@ def test_all_buckets_share_one_compiled_step(config, tmp_path):
     assert trainer.step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_losses(uninterrupted, config, tmp_path):
     config.mesh.update(replica=1, data=4, model=2)
     config.train.num_microbatches = 2

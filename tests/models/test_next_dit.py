@@ -157,18 +157,19 @@ def test_transposing_the_picture_does_not_transpose_the_velocity(forward, params
     assert np.abs(np.swapaxes(crossed, 1, 2) - straight).max() > 0.01
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "none"])
-def test_recomputation_does_not_change_the_gradient(params, remat):
+def test_recomputation_does_not_change_the_gradient(params):
     def gradient(cfg):
         def loss(params):
             return jnp.mean(next_dit.make_forward(cfg)(params, *inputs()) ** 2)
 
         return jax.jit(jax.grad(loss))(params)
 
-    expected, found = gradient(TOY), gradient(dataclasses.replace(TOY, remat=remat))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, found
-    )
+    expected = gradient(dataclasses.replace(TOY, remat="none"))
+    for remat in ("dots", "full"):
+        found = gradient(dataclasses.replace(TOY, remat=remat))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, found
+        )
 
 
 def test_bfloat16_stays_near_float32(params):
