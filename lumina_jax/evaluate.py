@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags, logging
 from etils import epath
 
-from lumina_jax import checkpoint, cli
+from lumina_jax import checkpoint, cli, files
 from lumina_jax.data.loader import read_pictures
 from lumina_jax.errors import InputError
 from lumina_jax.evaluation.retrieval import nearest
@@ -39,10 +39,15 @@ def evaluate(path: str, data: str | None, *, num_prompts: int, batch_size: int, 
 
     there = {caption.language for picture in pictures for caption in picture["captions"]}
     trained = set(config["data"]["languages"]) or there
+    if missing := sorted(trained - there):
+        raise InputError(
+            f"The run was trained on captions in {', '.join(missing)}, which the data set "
+            f"lacks; it has {', '.join(sorted(there))}. Give the run's own with --data."
+        )
     groups = {"trained languages": trained, "held-out languages": there - trained}
     chance = 1 / len(pictures)
     results = {
-        "checkpoint": str(found),
+        "step": int(found.name),
         "num_pictures": len(pictures),
         "chance": chance,
     }
@@ -79,7 +84,7 @@ def evaluate(path: str, data: str | None, *, num_prompts: int, batch_size: int, 
             "%s: %.3f of %d samples are nearest to their own of %d pictures (chance %.3f).",
             group, right.mean(), len(chosen), len(pictures), chance,
         )  # fmt: skip
-    (output / "retrieval.json").write_text(json.dumps(results, indent=2, ensure_ascii=False))
+    files.write(output / "retrieval.json", json.dumps(results, indent=2, ensure_ascii=False))
     logging.info("Written to %s.", output)
     return results
 

@@ -17,6 +17,8 @@ import tensorboardX
 from absl import logging
 from etils import epath
 
+from lumina_jax import files
+
 # Peak bfloat16 FLOP/s of one device, from the makers' data sheets. The key is part of device_kind.
 _PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -127,9 +129,7 @@ class Writer:
             self._lines += json.dumps(line) + "\n"
             # Whole, because a bucket knows no appending (a long run's lines are a few megabytes);
             # aside, because a run may be killed at any moment.
-            aside = self._path.with_suffix(".partial")
-            aside.write_text(self._lines)
-            aside.replace(self._path)
+            files.write(self._path, self._lines)
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
 

@@ -12,6 +12,7 @@ from etils import epath
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from lumina_jax import files
 from lumina_jax.errors import InputError
 
 _LINE, _RAW, _GRID, _FAINT = "#2563a8", "#a9c6e4", "#ececec", "#757575"
@@ -36,11 +37,7 @@ def loss_curve(metrics_path: epath.PathLike, output_path: epath.PathLike) -> Non
 
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
-    path = epath.Path(output_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f"{path.name}.partial"
-    aside.write_bytes(png.getvalue())
-    aside.replace(path)
+    files.write(output_path, png.getvalue())
 
 
 def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:

@@ -15,7 +15,7 @@ from absl import flags, logging
 from etils import epath
 from PIL import Image
 
-from lumina_jax import cli
+from lumina_jax import cli, files
 from lumina_jax.errors import InputError
 from lumina_jax.progress import progress_bar
 from lumina_jax.sampling.contact_sheet import save_contact_sheet
@@ -90,10 +90,8 @@ def main() -> None:
         **settings,
     )
     folder = epath.Path(OUTPUT.value or epath.Path(CHECKPOINT.value) / "samples")
-    folder.mkdir(parents=True, exist_ok=True)
     for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        with (folder / file_name(index, prompt)).open("wb") as file:
-            image.save(file, "PNG")
+        files.write_png(folder / file_name(index, prompt), image)
     sheet = folder / "contact_sheet.png"
     save_contact_sheet(sheet, [np.asarray(image) for image in images], prompts, columns=6)
     logging.info("%d pictures in %s; all of them on %s", len(images), folder, sheet)

@@ -23,7 +23,7 @@ from clu import parameter_overview
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from lumina_jax import checkpoint, cli, distributed, flow, metrics, optim, sharding
+from lumina_jax import checkpoint, cli, distributed, files, flow, metrics, optim, sharding
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import CaptionPolicy
 from lumina_jax.data.loader import Loader
@@ -201,10 +201,7 @@ class Trainer:
         if jax.process_index() == 0:
             sheet = contact_sheet(list(images), prompts, columns=6, title=f"step {step}")
             writer.image(step, "preview", np.asarray(sheet))
-            folder = epath.Path(self.workdir) / "previews"
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / f"{step:07d}.png").open("wb") as file:
-                sheet.save(file, "PNG")
+            files.write_png(epath.Path(self.workdir) / "previews" / f"{step:07d}.png", sheet)
 
     def make_meter(self) -> metrics.Meter:
         slots = [self.num_slots]

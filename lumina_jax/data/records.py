@@ -28,6 +28,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
+from lumina_jax import files
 from lumina_jax.data import buckets as bucket_lib
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import KINDS, Caption
@@ -183,9 +184,8 @@ class Manifest:
                 for split in self.splits
             ],
         }
-        aside = epath.Path(directory) / f"{MANIFEST}.{uuid.uuid4().hex}"
-        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(epath.Path(directory) / MANIFEST)
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        files.write(epath.Path(directory) / MANIFEST, text)
 
     @classmethod
     def load(cls, directory: epath.PathLike) -> "Manifest":

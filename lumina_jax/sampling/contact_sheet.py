@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+from lumina_jax import files
 from lumina_jax.errors import InputError
 
 _INK, _FAINT, _FRAME = "#1f1f1f", "#8a8a8a", "#e4e4e4"
@@ -132,13 +133,7 @@ def save_contact_sheet(
       captions: as for `contact_sheet`.
       **layout: the other arguments of `contact_sheet`.
     """
-    path = epath.Path(path)
-    png = io.BytesIO()
-    contact_sheet(images, captions, **layout).save(png, "PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f"{path.name}.partial"
-    aside.write_bytes(png.getvalue())
-    aside.replace(path)
+    files.write_png(path, contact_sheet(images, captions, **layout))
 
 
 def _check(images, captions, columns, cell_size, notes) -> None:
