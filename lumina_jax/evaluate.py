@@ -8,7 +8,7 @@ Prompts in the languages of the training and, apart, in those that were left out
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags, logging
@@ -22,11 +22,13 @@ from lumina_jax.progress import progress_bar
 from lumina_jax.sampling.contact_sheet import save_contact_sheet
 from lumina_jax.sampling.pipeline import Pipeline
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run.")
-DATA = flags.DEFINE_string("data", None, "Its data set; that of its config by default.")
-NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 64, "Prompts in each group.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures drawn at a time.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the choice of prompts and of the noise.")
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Workdir of a run.")
+    flags.DEFINE_string("data", None, "Its data set; that of its config by default.")
+    flags.DEFINE_integer("num_prompts", 64, "Prompts in each group.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 32, "Pictures drawn at a time.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the choice of prompts and of the noise.")
 
 
 def evaluate(path: str, data: str | None, *, num_prompts: int, batch_size: int, seed: int) -> dict:
@@ -74,9 +76,10 @@ def evaluate(path: str, data: str | None, *, num_prompts: int, batch_size: int, 
             [caption.text for _, caption in chosen],
             columns=8,
             cell_size=144,
-            title=f"{group}: {right.mean():.3f} right (chance {chance:.3f})",
+            title=f"{group}: {right.mean():.3f} right (chance {chance:.3f}); "
+            "✗: another training picture is nearer",
             notes=[
-                caption.language + ("" if ok else "  ✗")
+                caption.language if ok else f"✗ {caption.language} ✗"
                 for (_, caption), ok in zip(chosen, right, strict=True)
             ],
         )
@@ -105,7 +108,7 @@ def choose_prompts(pictures: Sequence[dict], languages: Sequence[str], num: int,
     return chosen
 
 
-def draw(pipeline: Pipeline, pictures, chosen, batch_size: int, seed: int) -> list[np.ndarray]:
+def draw(pipeline: Callable, pictures, chosen, batch_size: int, seed: int) -> list[np.ndarray]:
     """A sample for each chosen prompt, in the shape of the picture that it should show."""
     by_shape = defaultdict(list)
     for number, (index, _) in enumerate(chosen):
@@ -131,14 +134,16 @@ def draw(pipeline: Pipeline, pictures, chosen, batch_size: int, seed: int) -> li
 
 
 def main() -> None:
+    args = flags.FLAGS
     evaluate(
-        CHECKPOINT.value,
-        DATA.value,
-        num_prompts=NUM_PROMPTS.value,
-        batch_size=BATCH_SIZE.value,
-        seed=SEED.value,
+        args.checkpoint,
+        args.data,
+        num_prompts=args.num_prompts,
+        batch_size=args.batch_size,
+        seed=args.seed,
     )
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main, required=("checkpoint",))

@@ -8,7 +8,7 @@ checkpoint's config.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags, logging
@@ -21,26 +21,41 @@ from lumina_jax.progress import progress_bar
 from lumina_jax.sampling.contact_sheet import save_contact_sheet
 from lumina_jax.sampling.pipeline import Pipeline
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run.")
-STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
-WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
-PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given many times.")
-PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
-NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What to lead away from.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder; <checkpoint>/samples by default.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the first prompt; one more for each after it.")
-SETTINGS = {
-    "height": flags.DEFINE_integer("height", None, "In pixels."),
-    "width": flags.DEFINE_integer("width", None, "In pixels."),
-    "num_steps": flags.DEFINE_integer("num_steps", None, "Points of the time grid."),
-    "guidance_scale": flags.DEFINE_float("guidance_scale", None, "1 follows the prompt alone."),
-    "guidance_truncation": flags.DEFINE_float("guidance_truncation", None, "1 guides to the end."),
-    "guidance_renorm": flags.DEFINE_float("guidance_renorm", None, "0 is off."),
-    "semantics": flags.DEFINE_string("semantics", None, "official or diffusers."),
-    "solver": flags.DEFINE_string("solver", None, "euler."),
-    "time_shift": flags.DEFINE_float("time_shift", None, "1 spends the steps evenly."),
-}
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Workdir of a run.")
+    flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
+    flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
+    flags.DEFINE_multi_string("prompt", [], "A prompt; may be given many times.")
+    flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
+    flags.DEFINE_string("negative_prompt", None, "What to lead away from.")
+    flags.DEFINE_string("output", None, "Folder; <checkpoint>/samples by default.")
+    flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the first prompt; one more for each after it.")
+    flags.DEFINE_integer("height", None, "In pixels.")
+    flags.DEFINE_integer("width", None, "In pixels.")
+    flags.DEFINE_integer("num_steps", None, "Points of the time grid.")
+    flags.DEFINE_float("guidance_scale", None, "1 follows the prompt alone.")
+    flags.DEFINE_float("guidance_truncation", None, "1 guides to the end.")
+    flags.DEFINE_float("guidance_renorm", None, "0 is off.")
+    flags.DEFINE_string("semantics", None, "official or diffusers.")
+    flags.DEFINE_string("solver", None, "euler.")
+    flags.DEFINE_float("time_shift", None, "1 spends the steps evenly.")
+
+
+# Flags that are arguments of the pipeline's call; None leaves the checkpoint's setting.
+SETTINGS = (
+    "negative_prompt",
+    "height",
+    "width",
+    "num_steps",
+    "guidance_scale",
+    "guidance_truncation",
+    "guidance_renorm",
+    "semantics",
+    "solver",
+    "time_shift",
+)
 
 
 def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
@@ -63,7 +78,7 @@ def file_name(index: int, prompt: str) -> str:
 
 
 def draw(
-    pipeline: Pipeline, prompts: Sequence[str], *, batch_size: int, seed: int, **settings
+    pipeline: Callable, prompts: Sequence[str], *, batch_size: int, seed: int, **settings
 ) -> list[Image.Image]:
     """One picture for each prompt, `batch_size` at a time through one compiled program."""
     images = []
@@ -78,18 +93,12 @@ def draw(
 
 
 def main() -> None:
-    prompts = read_prompts(PROMPT.value, PROMPTS_FILE.value)
-    pipeline = Pipeline.from_checkpoint(CHECKPOINT.value, step=STEP.value, weights=WEIGHTS.value)
-    settings = {name: flag.value for name, flag in SETTINGS.items() if flag.value is not None}
-    images = draw(
-        pipeline,
-        prompts,
-        batch_size=BATCH_SIZE.value,
-        seed=SEED.value,
-        negative_prompt=NEGATIVE_PROMPT.value,
-        **settings,
-    )
-    folder = epath.Path(OUTPUT.value or epath.Path(CHECKPOINT.value) / "samples")
+    args = flags.FLAGS
+    prompts = read_prompts(args.prompt, args.prompts_file)
+    pipeline = Pipeline.from_checkpoint(args.checkpoint, step=args.step, weights=args.weights)
+    settings = {name: args[name].value for name in SETTINGS}
+    images = draw(pipeline, prompts, batch_size=args.batch_size, seed=args.seed, **settings)
+    folder = epath.Path(args.output or epath.Path(args.checkpoint) / "samples")
     for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         files.write_png(folder / file_name(index, prompt), image)
     sheet = folder / "contact_sheet.png"
@@ -98,4 +107,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main, required=("checkpoint",))

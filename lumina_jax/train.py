@@ -39,8 +39,10 @@ from lumina_jax.sampling.sampler import SamplerConfig
 from lumina_jax.train_step import TrainState, init_state, make_train_step
 from lumina_jax.types import Batch
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
 
 
 class Trainer:
@@ -489,8 +491,9 @@ def _plain(tree):
 
 def main() -> None:
     distributed.initialize()
-    train(CONFIG.value, WORKDIR.value)
+    train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main, required=("config", "workdir"))
