@@ -367,7 +367,7 @@ class Report:
 
     def __init__(self, trainer: Trainer, writer: metrics.Writer):
         self.meter = trainer.make_meter()
-        self.text = ""
+        self.text = self._speed = ""
         self.writer = writer
         self._trainer = trainer
         self._pending: tuple[int, dict] | None = None
@@ -409,8 +409,6 @@ class Report:
         self.catch_up()
         if self._since_line is not None:
             self._write()
-
-    _speed = ""
 
     def _write(self) -> None:
         trainer, step = self._trainer, self._since_line
