@@ -17,14 +17,12 @@ def progress_bar(description: str, total: int, start: int = 0, unit: str = "it")
     Lines in a log come at most every ten seconds.
     """
     if sys.stderr.isatty():
-        columns = (
+        columns = (  # narrow: all of them fit 80 characters
             bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
+            bars.BarColumn(bar_width=10),
             bars.MofNCompleteColumn(),
-            bars.TextColumn(unit),
-            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(compact=True),
             bars.TextColumn("left"),
-            bars.TimeRemainingColumn(),
             bars.TextColumn("{task.fields[text]}"),
         )
         with bars.Progress(*columns, console=_console()) as bar:

@@ -418,7 +418,7 @@ class Report:
         scalars["records_replaced"] = trainer.loader.num_replaced
         self.writer.scalars(step, scalars)
         self._since_line = None
-        speed = "  {steps_per_second:.2f} steps/s  {images_per_second:.0f} images/s"
+        speed = ", {steps_per_second:.2f} steps/s, {images_per_second:.0f} images/s"
         self._speed = speed.format(**scalars)
 
 
