@@ -37,10 +37,15 @@ def make_checkpointer(path, keep_latest=2, keep_every=0):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A run's folder with one checkpoint, written on 2 x 2 x 2 devices."""
+def state():
+    """A state on 2 x 2 x 2 devices."""
+    return make_state(sharding.make_mesh(replica=2, data=2, model=2))[0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, state):
+    """A run's folder with that state as its one checkpoint."""
     path = tmp_path_factory.mktemp("run")
-    state, _ = make_state(sharding.make_mesh(replica=2, data=2, model=2))
     checkpointer = make_checkpointer(path)
     checkpointer.save(state, 7, META)
     checkpointer.close()
@@ -48,25 +53,25 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 8, 1), (1, 1, 8)])
-def test_a_state_comes_back_on_any_mesh(saved, mesh):
+def test_a_state_comes_back_on_any_mesh(saved, state, mesh):
     mesh = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, mesh, strict=True)))
-    expected, shardings = make_state(mesh)
+    shardings = sharding.tree_shardings(state, mesh)
     checkpointer = make_checkpointer(saved)
-    restored, next_batch = checkpointer.restore(jax.eval_shape(lambda: expected), shardings, META)
+    restored, next_batch = checkpointer.restore(jax.eval_shape(lambda: state), shardings, META)
     checkpointer.close()
     assert next_batch == 7
-    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
     jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(f"{x.sharding}"), restored, shardings)
 
 
 @pytest.mark.parametrize("weights", ["ema", "params"])
-def test_one_set_of_weights_is_read_alone(saved, weights):
+def test_one_set_of_weights_is_read_alone(saved, state, weights):
     mesh = sharding.make_mesh(replica=1, data=1, model=1, devices=jax.devices()[:1])
-    expected, shardings = make_state(mesh)
+    shardings = sharding.tree_shardings(state.params, mesh)
     found = checkpoint.load_params(
-        checkpoint.find(saved), abstract_params(MODEL), shardings.params, weights=weights
+        checkpoint.find(saved), abstract_params(MODEL), shardings, weights=weights
     )
-    jax.tree.map(np.testing.assert_array_equal, found, getattr(expected, weights))
+    jax.tree.map(np.testing.assert_array_equal, found, getattr(state, weights))
 
 
 def test_old_checkpoints_go_and_milestones_stay(tmp_path):
@@ -98,18 +103,16 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_differences(saved):
     checkpointer.close()
 
 
-def test_a_stage_starts_from_the_weights_of_another_run(saved):
+def test_a_stage_starts_from_the_weights_of_another_run(saved, state):
     mesh = sharding.make_mesh(replica=1, data=8, model=1)
-    expected, shardings = make_state(mesh)
+    shardings = sharding.tree_shardings(state.params, mesh)
     abstract = abstract_params(MODEL)
     found = checkpoint.init_from(
-        str(saved), abstract, shardings.params, weights="ema", model=META["model"]
+        str(saved), abstract, shardings, weights="ema", model=META["model"]
     )
-    jax.tree.map(np.testing.assert_array_equal, found, expected.ema)
+    jax.tree.map(np.testing.assert_array_equal, found, state.ema)
     with pytest.raises(InputError, match="dim: 64 there, 96 in this run"):
-        checkpoint.init_from(
-            str(saved), abstract, shardings.params, weights="ema", model={"dim": 96}
-        )
+        checkpoint.init_from(str(saved), abstract, shardings, weights="ema", model={"dim": 96})
 
 
 @pytest.mark.parametrize(
