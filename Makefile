@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	$(RUN) -m lumina_jax.evaluate --checkpoint=$(WORKDIR)
 	@echo "Look at $(WORKDIR)/evaluation/*.png and $(WORKDIR)/loss_curve.png"
 
-## The tests that a change must pass; a few minutes.
+## The tests that a change must pass: under ten minutes on two cores.
 test: $(VENV)/.dev
 	$(RUN) -m pytest -m "not slow" $(PYTEST_ARGS)
 
