@@ -11,6 +11,7 @@ what cannot be restored raises.
 from typing import Any
 
 import jax
+import optax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -78,11 +79,7 @@ class Checkpointer:
         saved = load_meta(self.directory / str(step))
         check_same("model", saved["model"], meta["model"], self.directory)
         check_same("data", saved["data"], meta["data"], self.directory)
-        target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            abstract_state,
-            shardings,
-        )
+        target = _target(abstract_state, shardings)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -131,13 +128,7 @@ def load_params(
     """One set of weights of a checkpoint, "ema" or "params"; nothing else is read."""
     if weights not in ("ema", "params"):
         raise InputError(f"weights={weights!r} is not one of ema, params.")
-    target = {
-        weights: jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            abstract_params,
-            shardings,
-        )
-    }
+    target = {weights: _target(abstract_params, shardings)}
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restored = reader.restore(
@@ -154,13 +145,19 @@ def init_from(
     directory = find(path)
     check_same("model", load_meta(directory)["model"], model, directory)
     params = load_params(directory, abstract_params, shardings, weights=weights)
-    leaves = jax.tree.leaves(params)
-    norm = jax.jit(lambda tree: jax.numpy.sqrt(sum((x**2).sum() for x in jax.tree.leaves(tree))))
+    leaves, norm = jax.tree.leaves(params), jax.jit(optax.tree.norm)(params)
     logging.info(
         "Started from %s (%s): %d arrays, %d numbers, norm %.6g. All else is new.",
-        directory, weights, len(leaves), sum(leaf.size for leaf in leaves), norm(params),
+        directory, weights, len(leaves), sum(leaf.size for leaf in leaves), norm,
     )  # fmt: skip
     return params
+
+
+def _target(abstract: Any, shardings: Any) -> Any:
+    """What to restore: shapes and types, and where each array goes."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
 
 
 def check_same(what: str, saved: dict, needed: dict, where: epath.Path) -> None:

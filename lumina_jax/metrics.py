@@ -83,7 +83,7 @@ class Meter:
 
     def add(self, step_metrics: dict[str, Any]) -> tuple[float, float]:
         """Takes the metrics of one step off the device; returns its loss and gradient norm."""
-        step_metrics = {name: np.asarray(value) for name, value in step_metrics.items()}
+        step_metrics = jax.device_get(step_metrics)  # all transfers at once
         self._steps.append(step_metrics)
         return float(step_metrics["loss"]), float(step_metrics["grad_norm"])
 

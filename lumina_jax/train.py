@@ -34,8 +34,7 @@ from lumina_jax.models.autoencoder import Autoencoder, make_autoencoder
 from lumina_jax.models.text_encoder import TextEncoder, make_text_encoder
 from lumina_jax.progress import progress_bar
 from lumina_jax.sampling.contact_sheet import contact_sheet
-from lumina_jax.sampling.pipeline import Pipeline
-from lumina_jax.sampling.sampler import SamplerConfig
+from lumina_jax.sampling.pipeline import Pipeline, sampling_defaults
 from lumina_jax.train_step import TrainState, init_state, make_train_step
 from lumina_jax.types import Batch
 
@@ -137,11 +136,7 @@ class Trainer:
         shifts = {"main": main, "own": flow.resolution_shift(self.num_slots // 16)}
         if config.auxiliary_shift not in shifts:
             raise InputError(f"flow.auxiliary_shift={config.auxiliary_shift!r} is not main or own.")
-        if config.time_distribution not in flow.TIME_DISTRIBUTIONS:
-            raise InputError(
-                f"flow.time_distribution={config.time_distribution!r} is not one of "
-                f"{', '.join(flow.TIME_DISTRIBUTIONS)}."
-            )
+        flow.check_distribution(config.time_distribution)
         step = make_train_step(
             self.forward,
             self.optimizer,
@@ -156,15 +151,14 @@ class Trainer:
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
 
     def _make_pipeline(self):
-        sampling = dict(self.config.sampling)
-        size = sampling.pop("height"), sampling.pop("width")
+        defaults, size = sampling_defaults(self.config.sampling.to_dict())
         return Pipeline(
             self.model,
             None,
             # One of its own: the loader's threads count what they cut in the other.
             text_encoder=make_text_encoder(**self.config.text_encoder),
             autoencoder=self.autoencoder,
-            defaults=SamplerConfig(**sampling),
+            defaults=defaults,
             size=size,
             mesh=self.mesh,
         )

@@ -6,7 +6,7 @@ pipeline(["dog face"])[0].save("dog.png")
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,14 +88,13 @@ class Pipeline:
         meta = checkpoint.load_meta(found)
         model = NextDiTConfig(**meta["model"])
         shardings = sharding.tree_shardings(abstract_params(model), mesh)
-        sampling = dict(meta["config"]["sampling"])
-        size = sampling.pop("height"), sampling.pop("width")
+        defaults, size = sampling_defaults(meta["config"]["sampling"])
         return cls(
             model,
             checkpoint.load_params(found, abstract_params(model), shardings, weights=weights),
             text_encoder=make_text_encoder(**meta["config"]["text_encoder"]),
             autoencoder=make_autoencoder(**meta["config"]["autoencoder"]),
-            defaults=SamplerConfig(**sampling),
+            defaults=defaults,
             size=size,
             mesh=mesh,
         )
@@ -212,14 +211,21 @@ class Pipeline:
         return jnp.asarray(latents, jnp.float32)
 
     def _tokenize(self, texts):
-        cut = self._text_encoder.num_truncated
+        before = self._text_encoder.num_truncated
         tokens = self._text_encoder.tokenize(texts)
-        if cut := self._text_encoder.num_truncated - cut:
+        if cut := self._text_encoder.num_truncated - before:
             logging.warning(
                 "%d of %d prompts were longer than %d tokens; their ends are ignored.",
                 cut, len(texts), self._text_encoder.max_tokens,
             )  # fmt: skip
         return tokens
+
+
+def sampling_defaults(section: Mapping[str, Any]) -> tuple[SamplerConfig, tuple[int, int]]:
+    """Settings and (height, width) from `config.sampling`."""
+    settings = dict(section)
+    size = settings.pop("height"), settings.pop("width")
+    return SamplerConfig(**settings), size
 
 
 def _draw(
