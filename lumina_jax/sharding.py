@@ -52,6 +52,8 @@ PARAM_RULES = (
     (r"(bias|scale)$", (None,)),
 )
 
+Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
+
 
 def make_mesh(*, replica: int, data: int, model: int, devices=None) -> Mesh:
     """A mesh over MESH_AXES; a size of -1 takes the devices that the other two leave.
@@ -100,18 +102,18 @@ def named(mesh: Mesh, axes) -> NamedSharding:
     return NamedSharding(mesh, spec(axes))
 
 
-def param_axes(path: str, ndim: int) -> tuple[str | None, ...]:
+def param_axes(path: str, ndim: int, rules: Rules = PARAM_RULES) -> tuple[str | None, ...]:
     """Logical axes of the parameter at `path`, such as `layers/attention/q/kernel`."""
-    for pattern, axes in PARAM_RULES:
+    for pattern, axes in rules:
         if re.search(pattern, path):
             return (None,) * (ndim - len(axes)) + axes
     raise ValueError(
-        f"No sharding rule matches the parameter {path!r} (rank {ndim}). Add one to PARAM_RULES "
-        f"in lumina_jax/sharding.py."
+        f"No sharding rule matches the parameter {path!r} (rank {ndim}). Add one to its table in "
+        f"lumina_jax/sharding.py."
     )
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = PARAM_RULES) -> Any:
     """A sharding for each leaf of a tree of parameters or of a whole train state.
 
     Moments and averages lie under the same path as their parameter and follow it. A dim that the
@@ -121,7 +123,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes = param_axes(name, leaf.ndim) if leaf.ndim else ()
+        axes = param_axes(name, leaf.ndim, rules) if leaf.ndim else ()
         for size, axis in zip(leaf.shape, axes, strict=True):
             parts = math.prod(mesh.shape[a] for a in _mesh_axes(axis))
             if size % parts:
@@ -148,7 +150,7 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in _mesh_axes("act_batch"))
 
 
-def gather(params: Any, dtype: str | None = None) -> Any:
+def gather(params: Any, dtype: str | None = None, rules: Rules = PARAM_RULES) -> Any:
     """The parameters as a computation needs them: gathered where the batch is split (FSDP).
 
     What `model` splits stays split. Call it as late as can be, inside a scan over layers, so that
@@ -157,15 +159,16 @@ def gather(params: Any, dtype: str | None = None) -> Any:
     (jax 0.10.2; tests/sampling/test_pipeline.py sees it).
 
     Args:
-      params: A tree whose paths end like those in PARAM_RULES.
+      params: A tree whose paths end like those in `rules`.
       dtype: Of the kernels from here on; casting first halves what travels in bfloat16.
+      rules: The table of these parameters.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return params
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-        axes = param_axes(name, leaf.ndim)
+        axes = param_axes(name, leaf.ndim, rules)
         if dtype is not None and name.endswith("kernel"):
             leaf = leaf.astype(dtype)
         whole = tuple(

@@ -7,14 +7,8 @@ python -m lumina_jax.train --config=configs/tiny.py --workdir=runs/other \
 Run again with the same --workdir, it goes on from the newest checkpoint.
 """
 
-import contextlib
 import dataclasses
 import functools
-import math
-import signal
-import sys
-import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -23,20 +17,19 @@ from clu import parameter_overview
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from lumina_jax import checkpoint, cli, distributed, files, flow, metrics, optim, sharding
+from lumina_jax import checkpoint, cli, distributed, files, flow, loop, metrics, optim, sharding
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import CaptionPolicy
 from lumina_jax.data.loader import Loader
 from lumina_jax.data.records import num_tokens
 from lumina_jax.errors import InputError
-from lumina_jax.models import embed, next_dit
-from lumina_jax.models.autoencoder import Autoencoder, make_autoencoder
-from lumina_jax.models.text_encoder import TextEncoder, make_text_encoder
-from lumina_jax.progress import progress_bar
+from lumina_jax.frozen.autoencoder import Autoencoder, make_autoencoder
+from lumina_jax.frozen.encoder import Encoder
+from lumina_jax.frozen.text_encoder import TextEncoder, make_text_encoder
+from lumina_jax.models import next_dit
 from lumina_jax.sampling.contact_sheet import contact_sheet
 from lumina_jax.sampling.pipeline import Pipeline, sampling_defaults
 from lumina_jax.train_step import TrainState, init_state, make_train_step
-from lumina_jax.types import Batch
 
 
 def define_flags() -> None:
@@ -70,7 +63,17 @@ class Trainer:
         self.shardings = sharding.tree_shardings(self.abstract_state, self.mesh)
         self.step = self._make_step(optim_config)
         self.pipeline = self._make_pipeline()
-        self.encode = Encoder(self)
+        self.encode = Encoder(
+            self.text_encoder,
+            self.autoencoder,
+            self.pipeline.frozen,
+            mesh=self.mesh,
+            batch_size=config.train.batch_size,
+            patch_size=self.model.patch_size,
+            num_slots=self.num_slots,
+            pooled=bool(config.flow.auxiliary_weight),
+            seed=config.seed,
+        )
 
         self.checkpointer = checkpoint.Checkpointer(
             workdir,
@@ -199,6 +202,17 @@ class Trainer:
             writer.image(step, "preview", np.asarray(sheet))
             files.write_png(epath.Path(self.workdir) / "previews" / f"{step:07d}.png", sheet)
 
+    def counts(self) -> dict[str, int]:
+        return {
+            "captions_cut": self.text_encoder.num_truncated,
+            "records_replaced": self.loader.num_replaced,
+        }
+
+    def overview(self) -> str:
+        return parameter_overview.get_parameter_overview(
+            next_dit.abstract_params(self.model), include_stats=False
+        )
+
     def make_meter(self) -> metrics.Meter:
         slots = [self.num_slots]
         if self.config.flow.auxiliary_weight:
@@ -212,49 +226,6 @@ class Trainer:
             flops_per_step=3 * forward * batch_size,
             peak=metrics.peak_flops(jax.local_devices()[0]) * jax.device_count(),
         )
-
-
-class Encoder:
-    """The frozen programs: host batches in, `Batch` on the mesh out.
-
-    The text encoder is one program; the autoencoder with the cut into tokens is a small one for
-    each bucket shape, compiled when first met. Behind it every bucket looks alike.
-    """
-
-    def __init__(self, trainer: Trainer):
-        self._sharding = sharding.named(trainer.mesh, ("act_batch",))
-        self._batch_size = trainer.config.train.batch_size
-        self._text_params, self._image_params = trainer.pipeline.frozen
-        self._encode_text = jax.jit(trainer.text_encoder.encode, out_shardings=self._sharding)
-        self._encode_images = jax.jit(
-            functools.partial(
-                encode_images,
-                trainer.autoencoder,
-                patch_size=trainer.model.patch_size,
-                num_slots=trainer.num_slots,
-                pooled=bool(trainer.config.flow.auxiliary_weight),
-            ),
-            out_shardings=self._sharding,
-        )
-
-    def __call__(self, host_batch: dict) -> Batch:
-        images, ids, mask = (
-            jax.make_array_from_process_local_data(
-                self._sharding, host_batch[name], (self._batch_size, *host_batch[name].shape[1:])
-            )
-            for name in ("images", "token_ids", "token_mask")
-        )
-        image, pooled = self._encode_images(self._image_params, images)
-        return Batch(image, pooled, self._encode_text(self._text_params, ids, mask), mask)
-
-
-def encode_images(autoencoder: Autoencoder, params, images, *, patch_size, num_slots, pooled):
-    """Pictures to padded tokens, and the tokens of their pooled latents where asked for."""
-    latents = autoencoder.encode(params, images)
-    tokens = embed.patchify(latents, patch_size, num_slots)
-    if not pooled:
-        return tokens, None
-    return tokens, embed.patchify(embed.pool_latents(latents), patch_size, num_slots // 16)
 
 
 def model_config(
@@ -291,164 +262,7 @@ def make_loader(config: ConfigDict, text_encoder: TextEncoder) -> Loader:
 
 def train(config: ConfigDict, workdir: str) -> TrainState:
     """Runs to the end, or to a signal; returns the last state, which is saved."""
-    with contextlib.ExitStack() as stack:
-        trainer = Trainer(config, workdir)
-        # On whatever way out: a save that is under way must reach the disk.
-        stack.callback(trainer.checkpointer.close)
-        state, first = trainer.init_state()
-        if first >= config.train.num_steps:
-            logging.info("Nothing to do: %s has all %d steps.", workdir, config.train.num_steps)
-            return state
-        if jax.process_index() == 0:
-            logging.info("Model:\n%s", _overview(trainer.model))
-        writer = stack.enter_context(contextlib.closing(metrics.Writer(workdir)))
-        batches = stack.enter_context(contextlib.closing(trainer.loader.iterate(first)))
-        report = Report(trainer, writer)
-        stack.enter_context(jax.set_mesh(trainer.mesh))
-        state, last = loop(trainer, state, first, batches, report)
-    if last < config.train.num_steps:
-        logging.info("Stopped at step %d, which is saved; the same command goes on there.", last)
-        sys.exit(130)
-    logging.info("Done: %d steps; the model is in %s.", last, trainer.checkpointer.directory)
-    return state
-
-
-def loop(
-    trainer: Trainer, state: TrainState, first: int, batches: Iterator[dict], report: "Report"
-) -> tuple[TrainState, int]:
-    """Takes batches and steps; returns the last state and how many steps it has seen."""
-    config, checkpointer = trainer.config.train, trainer.checkpointer
-    preview_every = trainer.config.preview.every
-    key = jax.random.key(trainer.config.seed)
-
-    with (
-        Stopper() as stopper,
-        progress_bar("Training", config.num_steps, first, "steps") as advance,
-    ):
-        batch = trainer.encode(report.timed_next(batches))
-        for done in range(first + 1, config.num_steps + 1):
-            state, step_metrics = trainer.step(state, batch, key)
-            # While the device works on this step, read what the last one said, make the next batch.
-            report.add(done, step_metrics)
-            if done < config.num_steps:
-                batch = trainer.encode(report.timed_next(batches))
-            advance(done, report.text)
-
-            stop = stopper.requested or checkpointer.reached_preemption(done)
-            last = stop or done == config.num_steps
-            if last or done % config.checkpoint_every == 0:
-                report.catch_up()  # what is saved must be known to be sound
-                checkpointer.save(state, done, trainer.meta)
-            if preview_every and (done % preview_every == 0 or done == config.num_steps):
-                report.catch_up()
-                began = time.perf_counter()
-                trainer.preview(state, done, report.writer)
-                report.meter.exclude(time.perf_counter() - began)
-            if stop:
-                break
-        report.close()
-    return state, done
-
-
-class Report:
-    """Metrics from the device to the log, one step late, so that the device never waits for them.
-
-    Attributes:
-      meter: Gathers steps up to the next line.
-      text: The newest loss and speed, for the progress bar.
-      writer: Where lines go.
-    """
-
-    def __init__(self, trainer: Trainer, writer: metrics.Writer):
-        self.meter = trainer.make_meter()
-        self.text = self._speed = ""
-        self.writer = writer
-        self._trainer = trainer
-        self._pending: tuple[int, dict] | None = None
-        self._since_line: int | None = None  # the newest step that no line has yet
-
-    def timed_next(self, batches: Iterator[dict]) -> dict:
-        began = time.perf_counter()
-        batch = next(batches)
-        self.meter.add_input_wait(time.perf_counter() - began)
-        return batch
-
-    def add(self, step: int, step_metrics: dict) -> None:
-        """Takes the metrics of a step just begun, and reads those of the step before."""
-        self.catch_up()
-        self._pending = step, step_metrics
-
-    def catch_up(self) -> None:
-        """Reads the metrics that are still on the device, which waits for their step."""
-        if self._pending is None:
-            return
-        (step, step_metrics), self._pending = self._pending, None
-        loss, grad_norm = self.meter.add(step_metrics)
-        self._since_line = step
-        sound = math.isfinite(loss) and math.isfinite(grad_norm)
-        if not sound or step % self._trainer.config.train.log_every == 0:
-            self._write()
-        self.text = f"loss {loss:.4f}{self._speed}"
-        if not sound:
-            saved = self._trainer.checkpointer
-            raise InputError(
-                f"At step {step} the loss is {loss} and the gradient's norm {grad_norm}. The "
-                f"newest checkpoint is of step {saved.latest_step()}, in {saved.directory}. Lower "
-                f"config.optim.learning_rate or config.optim.grad_clip, or use "
-                f"config.model.dtype=float32, and run again."
-            )
-
-    def close(self) -> None:
-        """Writes what the last full line left over."""
-        self.catch_up()
-        if self._since_line is not None:
-            self._write()
-
-    def _write(self) -> None:
-        trainer, step = self._trainer, self._since_line
-        scalars = self.meter.flush()
-        scalars["learning_rate"] = float(trainer.learning_rate(step - 1))
-        scalars["captions_cut"] = trainer.text_encoder.num_truncated
-        scalars["records_replaced"] = trainer.loader.num_replaced
-        self.writer.scalars(step, scalars)
-        self._since_line = None
-        speed = ", {steps_per_second:.2f} steps/s, {images_per_second:.0f} images/s"
-        self._speed = speed.format(**scalars)
-
-
-class Stopper:
-    """Turns the first interrupt or termination into a request; the second one is obeyed at once.
-
-    With several processes a signal to one must stop them all at the same step, which Orbax agrees
-    on (`reached_preemption`); here only the lone process listens.
-    """
-
-    def __init__(self):
-        self.requested = False
-        self._old = {}
-
-    def __enter__(self):
-        if jax.process_count() == 1:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._request)
-        return self
-
-    def _request(self, number, frame):
-        del frame
-        self.requested = True
-        self.__exit__()
-        logging.info("Signal %d: saving after this step. Again, and nothing is saved.", number)
-
-    def __exit__(self, *_):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old = {}
-
-
-def _overview(model: next_dit.NextDiTConfig) -> str:
-    return parameter_overview.get_parameter_overview(
-        next_dit.abstract_params(model), include_stats=False
-    )
+    return loop.run(Trainer(config, workdir))
 
 
 def _check_numbers(config: ConfigDict) -> None:

@@ -17,9 +17,9 @@ from PIL import Image
 
 from lumina_jax import checkpoint, sharding
 from lumina_jax.errors import InputError
-from lumina_jax.models.autoencoder import Autoencoder, make_autoencoder
+from lumina_jax.frozen.autoencoder import Autoencoder, make_autoencoder
+from lumina_jax.frozen.text_encoder import TextEncoder, make_text_encoder
 from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, make_forward
-from lumina_jax.models.text_encoder import TextEncoder, make_text_encoder
 from lumina_jax.sampling import sampler
 from lumina_jax.sampling.sampler import SamplerConfig
 
@@ -33,7 +33,6 @@ class Pipeline:
       params: Of the model, placed on `mesh`; may be replaced by others of the same shapes.
       defaults: Sampling settings that a call does not name.
       size: (height, width) of a picture, in pixels, when a call does not name it.
-      frozen: Parameters of the text encoder and of the autoencoder, placed on `mesh`.
     """
 
     def __init__(
@@ -55,8 +54,6 @@ class Pipeline:
         self._text_encoder = text_encoder
         self._autoencoder = autoencoder
         replicated = sharding.named(mesh, ())
-        # Frozen parameters are arguments: a closed-over array would be copied into each program.
-        self.frozen = jax.device_put((text_encoder.params, autoencoder.params), replicated)
         self.check_size(*size)
         self._draw = jax.jit(
             functools.partial(
@@ -176,6 +173,12 @@ class Pipeline:
             return images
         images = np.round(images * 255).astype(np.uint8)
         return images if output == "uint8" else [Image.fromarray(image) for image in images]
+
+    @functools.cached_property
+    def frozen(self) -> tuple[Any, Any]:
+        """Parameters of the text encoder and of the autoencoder on the mesh, read at first use."""
+        # Arguments of the program: a closed-over array would be copied into each one.
+        return self._text_encoder.load_params(self.mesh), self._autoencoder.load_params(self.mesh)
 
     @property
     def pixels_per_token(self) -> int:

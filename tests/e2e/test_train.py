@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from lumina_jax.errors import InputError
+from lumina_jax.loop import Report
 from lumina_jax.sampling.pipeline import Pipeline
-from lumina_jax.train import Report, Trainer, train
+from lumina_jax.train import Trainer, train
 
 
 def losses(workdir):
@@ -109,7 +110,7 @@ def test_all_buckets_share_one_compiled_step(config, tmp_path):
         for step in range(12):
             batch = trainer.loader.batch_at(step)
             shapes.add(batch["images"].shape)
-            state, _ = trainer.step(state, trainer.encode(batch), key)
+            state, _ = trainer.step(state, trainer.encode(batch, step), key)
     trainer.checkpointer.close()
     assert len(shapes) == 3
     assert trainer.step._cache_size() == 1

@@ -7,7 +7,7 @@ import pytest
 
 from lumina_jax import sharding
 from lumina_jax.errors import InputError
-from lumina_jax.models.autoencoder import Pixels
+from lumina_jax.frozen.autoencoder import Pixels
 from lumina_jax.models.next_dit import NextDiTConfig, abstract_params
 from lumina_jax.sampling.pipeline import Pipeline
 from lumina_jax.sampling.sampler import SamplerConfig
@@ -27,8 +27,13 @@ class Letters:
 
     feature_dim, max_tokens, num_truncated = 8, 6, 0
 
-    def __init__(self):
-        self.params = jax.random.normal(jax.random.key(5), (256, 8))
+    def load_params(self, mesh):
+        return jax.device_put(
+            jax.random.normal(jax.random.key(5), (256, 8)), sharding.named(mesh, ())
+        )
+
+    def fingerprint(self):
+        return "letters"
 
     def tokenize(self, captions):
         ids = np.zeros((len(captions), 6), np.int32)

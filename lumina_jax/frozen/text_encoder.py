@@ -9,7 +9,7 @@ The weights are an argument of `encode`. Closed over instead, they would be copi
 program as constants and could be neither sharded nor shared:
 
     encode = jax.jit(encoder.encode)
-    params = jax.device_put(encoder.params, sharding)
+    params = encoder.load_params(mesh)
     cap_feats = encode(params, *encoder.tokenize(captions))
 
 Axes: n captions, B batch, S = max_tokens caption slots, F = feature_dim.
@@ -18,11 +18,12 @@ Axes: n captions, B batch, S = max_tokens caption slots, F = feature_dim.
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from lumina_jax.errors import InputError
-from lumina_jax.models.use import UniversalSentenceEncoder
+from lumina_jax.frozen.use import UniversalSentenceEncoder
 
 
 @runtime_checkable
@@ -39,9 +40,12 @@ class TextEncoder(Protocol):
     max_tokens: int
     num_truncated: int
 
-    @property
-    def params(self) -> PyTree:
-        """The weights, loaded at the first use."""
+    def load_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+        """The weights, read and placed on the mesh."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the features: weights, tokens, precision."""
         ...
 
     def tokenize(
