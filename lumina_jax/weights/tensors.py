@@ -5,7 +5,8 @@ columns]; our kernels are [inputs, outputs] and [rows, columns, inputs, outputs]
 of their own, and equal blocks are stacked along a leading dim. A tensor of theirs may hold several
 of ours, one below the other (the official q, k and v are one matrix).
 
-A model's table is an iterable of `Tensor`s: every leaf of our parameters once, a stack once a layer.
+A model's table is an iterable of `Tensor`s: every leaf of our parameters once, a stack once for
+each layer.
 """
 
 import dataclasses
@@ -69,7 +70,9 @@ class Tensor:
         """Our part `index` (all by default) from what lies at `their_index` of it."""
         if index is None:
             index = tuple(slice(0, size) for size in self.our_shape)
-        shape = [len(range(*s.indices(size))) for s, size in zip(index, self.our_shape, strict=True)]
+        shape = [
+            len(range(*s.indices(size))) for s, size in zip(index, self.our_shape, strict=True)
+        ]
         if self.layout == "linear":
             return value.T.reshape(shape)
         if self.layout == "conv":

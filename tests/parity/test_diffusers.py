@@ -5,6 +5,8 @@ Theirs takes one picture size a call and packs tokens raggedly, so agreement her
 fixed [caption | image] layout, the masks and the per-token rows and columns.
 """
 
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,11 @@ import pytest
 torch = pytest.importorskip("torch")
 Lumina2Transformer2DModel = pytest.importorskip("diffusers").Lumina2Transformer2DModel
 
+from lumina_jax import sharding  # noqa: E402
 from lumina_jax.models import embed, next_dit  # noqa: E402
 from lumina_jax.types import ImageTokens  # noqa: E402
-from lumina_jax.weights.diffusers import diffusers_tensors, from_diffusers, to_diffusers  # noqa: E402
+from lumina_jax.weights import convert, files  # noqa: E402
+from lumina_jax.weights import next_dit as names  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -68,8 +72,22 @@ def make_pair(name):
             noise = torch.from_numpy(rng.normal(size=parameter.shape).astype(np.float32))
             is_norm = parameter.ndim == 1 and key.endswith("weight")
             parameter.copy_(1 + 0.2 * noise if is_norm else noise / parameter.shape[-1] ** 0.5)
-    params = from_diffusers({k: v.numpy() for k, v in theirs.state_dict().items()}, cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        with files.open_weights(folder) as weights:
+            params = load(weights, cfg)
     return cfg, params, theirs
+
+
+def load(weights, cfg):
+    mesh = sharding.make_mesh(replica=1, data=1, model=1, devices=jax.devices()[:1])
+    abstract = next_dit.abstract_params(cfg)
+    shardings = sharding.tree_shardings(abstract, mesh)
+    return convert.load(weights, names.tensors(cfg, "diffusers"), abstract, shardings)
+
+
+def to_diffusers(params, cfg):
+    return {e.name: e.get() for e in convert.entries(params, names.tensors(cfg, "diffusers"))}
 
 
 def make_inputs(cfg, size, lengths=CAPTION_LENGTHS, seed=1):
@@ -165,7 +183,7 @@ def test_the_released_sizes_have_the_names_and_shapes_of_diffusers():
     with torch.device("meta"):
         theirs = Lumina2Transformer2DModel(cap_feat_dim=2304)
     cfg = next_dit.NextDiTConfig.preset("2b")
-    ours = {t.name: t.shape for t in diffusers_tensors(cfg)}
+    ours = convert.their_shapes(names.tensors(cfg, "diffusers"))
     assert ours == {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
     assert len(ours) == 459
     assert sum(np.prod(shape, dtype=np.int64) for shape in ours.values()) == 2_609_769_152
