@@ -8,6 +8,7 @@ Orbax writes aside and renames, so a directory with a step's name is whole. Noth
 what cannot be restored raises.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -56,12 +57,15 @@ class Checkpointer:
 
     def save(self, state: TrainState, step: int, meta: dict) -> None:
         """Saves `state` as of `step`, once; a step that is already there is left alone."""
-        if step == self._manager.latest_step():
-            return
+        if step != self._manager.latest_step():
+            self.write(step, state._asdict(), meta)
+
+    def write(self, step: int, state: dict, meta: dict) -> None:
+        """Begins to write a checkpoint."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
+                state=ocp.args.StandardSave(state),
                 data=ocp.args.JsonSave({"next_batch": step}),
                 meta=ocp.args.JsonSave(meta),
             ),
@@ -77,6 +81,11 @@ class Checkpointer:
         """
         step = self._manager.latest_step()
         saved = load_meta(self.directory / str(step))
+        if saved["data"] is None:
+            raise InputError(
+                f"{self.directory} holds weights alone, no run to go on with. Name it as "
+                f"config.train.init_from and give another --workdir."
+            )
         check_same("model", saved["model"], meta["model"], self.directory)
         check_same("data", saved["data"], meta["data"], self.directory)
         target = _target(abstract_state, shardings)
@@ -92,6 +101,37 @@ class Checkpointer:
         """Waits for the last save to be on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def save_weights(workdir: epath.PathLike, params: Any, meta: dict) -> None:
+    """A checkpoint of weights alone, from elsewhere: to sample with, or for `train.init_from`."""
+    checkpointer = Checkpointer(str(workdir), keep_latest=1, keep_every=0)
+    if (step := checkpointer.latest_step()) is not None:
+        raise InputError(
+            f"{checkpointer.directory} has a checkpoint ({step}) already. Name another folder."
+        )
+    checkpointer.write(0, {"ema": params}, {**meta, "data": None})
+    checkpointer.close()
+
+
+def weights_meta(model: Any, config: dict) -> dict:
+    """What is said beside weights alone.
+
+    Args:
+      model: Their sizes, a NextDiTConfig.
+      config: The sections `text_encoder`, `autoencoder` and `sampling`, to draw pictures with.
+    """
+    return {"model": plain(dataclasses.asdict(model)), "config": config}
+
+
+def plain(tree: dict) -> dict:
+    """As JSON would return it, so that what was saved compares equal."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in tree.items()}
+
+
+def is_run(path: epath.PathLike) -> bool:
+    """Whether `path` is the workdir of a run, or of converted weights."""
+    return (epath.Path(path) / _DIRECTORY).is_dir()
 
 
 def find(path: epath.PathLike, step: int | None = None) -> epath.Path:
@@ -122,6 +162,13 @@ def load_meta(directory: epath.Path) -> dict:
         return reader.restore(directory / "meta")
 
 
+def dtype_of(directory: epath.Path, weights: str) -> str:
+    """The type in which a checkpoint keeps one set of weights."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = _tree(reader, directory, weights)
+    return str(jax.tree.leaves(tree)[0].dtype)
+
+
 def load_params(
     directory: epath.Path, abstract_params: Any, shardings: Any, *, weights: str
 ) -> Any:
@@ -131,11 +178,22 @@ def load_params(
     target = {weights: _target(abstract_params, shardings)}
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        _tree(reader, directory, weights)
         restored = reader.restore(
             directory / "state",
             args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
         )
     return restored[weights]
+
+
+def _tree(reader, directory, weights):
+    """Shapes and types of one set of weights on disk."""
+    there = reader.metadata(directory / "state").item_metadata.tree
+    if weights not in there:
+        raise InputError(
+            f"{directory} has no weights {weights!r}, only {', '.join(there)}; ask for those."
+        )
+    return there[weights]
 
 
 def init_from(

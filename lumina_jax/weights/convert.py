@@ -117,6 +117,7 @@ def entries(params: Any, tensors: Iterable[Tensor], dtype: str | None = None) ->
         groups[tensor.name].append(tensor)
 
     def get(group):
+        group = sorted(group, key=lambda tensor: tensor.first_row)
         parts = [tensor.to_theirs(_take(params, tensor)) for tensor in group]
         value = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return value if dtype is None else value.astype(jnp.dtype(dtype))

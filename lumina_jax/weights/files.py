@@ -286,7 +286,7 @@ def _write_safetensors(path: pathlib.Path, entries: Sequence[Entry]) -> list[int
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
-            value = np.ascontiguousarray(entry.get(), dtype=np.dtype(entry.dtype))
+            value = np.asarray(entry.get(), np.dtype(entry.dtype), order="C")
             if value.shape != entry.shape:
                 raise ValueError(f"{entry.name} has shape {value.shape}, announced {entry.shape}")
             file.write(value.reshape(-1).view(np.uint8))

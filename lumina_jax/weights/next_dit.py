@@ -7,16 +7,21 @@
 Official files hold a `norm_final` that no forward pass uses: it is not read, and written as ones.
 """
 
+import contextlib
+import json
 import math
+import os
+import pathlib
 import re
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
 
 from lumina_jax.errors import InputError
 from lumina_jax.models.next_dit import STACKS, NextDiTConfig, abstract_params
+from lumina_jax.weights import convert, files
 from lumina_jax.weights.files import Entry, Weights
 from lumina_jax.weights.tensors import Tensor
 
@@ -81,6 +86,89 @@ _PLAIN_NORM = ("norm1.weight", "attention_norm1.weight")
 
 _COLUMN = {"diffusers": 0, "official": 1}
 FORMATS = ("diffusers", "official", "comfyui")
+
+
+@contextlib.contextmanager
+def open_transformer(path: str | os.PathLike, **known: Any) -> Iterator["Source"]:
+    """The weights at `path` and what they are of.
+
+    Args:
+      path: A diffusers pipeline or its transformer folder, local or on the Hugging Face hub, or an
+        official or ComfyUI file, `.safetensors` or `.pth`.
+      **known: Fields of NextDiTConfig that a lone file does not tell, such as `patch_size`.
+    """
+    path = files.local_folder(os.fspath(path)) if _is_folder(path) else files.local(path)
+    if (path / "transformer").is_dir():
+        path = path / "transformer"
+    with files.open_weights(path) as weights:
+        format = detect_format(weights.shapes)
+        config = path / "config.json"
+        if config.exists():
+            yield Source(
+                weights, format, from_diffusers_config(json.loads(config.read_text()), **known)
+            )
+        else:
+            yield Source(weights, format, sizes_of(weights, format, **known))
+
+
+class Source(NamedTuple):
+    """An open transformer of somebody's."""
+
+    weights: Weights
+    format: str
+    cfg: NextDiTConfig
+
+    @property
+    def dtype(self) -> str:
+        """The type of its tensors, float32 where they have several."""
+        dtypes = {self.weights.dtypes[name] for name in convert.their_shapes(self.tensors())}
+        return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+    def tensors(self) -> Iterator[Tensor]:
+        return tensors(self.cfg, self.format)
+
+    def load(self, abstract: Any, shardings: Any) -> dict:
+        """Our parameters, see `convert.load`."""
+        return convert.load(
+            self.weights,
+            self.tensors(),
+            abstract,
+            shardings,
+            ignored=lambda name: is_unused(name, self.format),
+        )
+
+
+def save(
+    path: str | os.PathLike,
+    params: Any,
+    cfg: NextDiTConfig,
+    *,
+    format: str,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes our parameters for others.
+
+    Args:
+      path: A folder for diffusers; a `.safetensors` or `.pth` file for the other formats.
+      params: Of a model of the sizes `cfg`.
+      cfg: Those sizes.
+      format: One of FORMATS.
+      dtype: To write, "float32" or "bfloat16"; that of the parameters by default.
+      max_shard_bytes: Of one file in a folder.
+    """
+    path = pathlib.Path(path)
+    entries = convert.entries(params, tensors(cfg, format), dtype)
+    if format == "diffusers":
+        config = json.dumps(to_diffusers_config(cfg), indent=2)
+        files.write_folder(path, "diffusion_pytorch_model", entries, max_shard_bytes)
+        (path / "config.json").write_text(config + "\n")
+    else:
+        files.write_file(path, entries + unused(cfg, format, entries[0].dtype))
+
+
+def _is_folder(path):
+    return pathlib.Path(path).suffix not in (".safetensors", ".pth", ".pt")
 
 
 def tensors(cfg: NextDiTConfig, format: str) -> Iterator[Tensor]:
@@ -192,7 +280,7 @@ def sizes_of(weights: Weights, format: str, **known: Any) -> NextDiTConfig:
     return NextDiTConfig(in_channels=patch_dim // sizes["patch_size"] ** 2, **sizes)
 
 
-def from_diffusers_config(config: dict, **known: Any) -> NextDiTConfig:
+def from_diffusers_config(config: dict) -> NextDiTConfig:
     """Our sizes from the config.json of diffusers' transformer."""
     if (name := config.get("_class_name")) != "Lumina2Transformer2DModel":
         raise InputError(
@@ -219,7 +307,6 @@ def from_diffusers_config(config: dict, **known: Any) -> NextDiTConfig:
         patch_size=config["patch_size"],
         cap_feat_dim=config["cap_feat_dim"],
         norm_eps=config["norm_eps"],
-        **known,
     )
 
 

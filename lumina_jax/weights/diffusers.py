@@ -1,0 +1,130 @@
+"""The folder of a `diffusers.Lumina2Pipeline`: five parts and an index.
+
+model_index.json    which class reads each part
+transformer/        the Unified Next-DiT
+text_encoder/       Gemma-2        tokenizer/   its tokenizer
+vae/                the autoencoder
+scheduler/          the grid of times
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from typing import Any
+
+from lumina_jax.errors import InputError
+from lumina_jax.models.next_dit import NextDiTConfig
+from lumina_jax.weights import files, next_dit
+
+_PIPELINES = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")  # the second is the older name
+_PARTS = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "Gemma2Model"),
+    "tokenizer": ("transformers", "GemmaTokenizerFast"),
+    "transformer": ("diffusers", "Lumina2Transformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+# The oldest release with Lumina2Pipeline and its config as it is today.
+_DIFFUSERS_VERSION = "0.33.0"
+
+
+def open_folder(path: str) -> pathlib.Path:
+    """The local folder of a pipeline, after a look at its index."""
+    folder = files.local_folder(path)
+    index = folder / "model_index.json"
+    if not index.exists():
+        raise InputError(
+            f"{folder} is no diffusers pipeline: it has no model_index.json. Give the folder that "
+            f"holds {', '.join(_PARTS)}."
+        )
+    if (name := json.loads(index.read_text()).get("_class_name")) not in _PIPELINES:
+        raise InputError(f"{folder} is a {name}; needed: {_PIPELINES[0]}.")
+    if missing := [part for part in _PARTS if not (folder / part).is_dir()]:
+        raise InputError(f"{folder} lacks {', '.join(missing)}. Download all of it.")
+    return folder
+
+
+def sampling_section(folder: pathlib.Path) -> dict[str, Any]:
+    """What the parts of a pipeline say of its sampling, as keys of `config.sampling`."""
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    if scheduler.get("_class_name") != _PARTS["scheduler"][1] or scheduler.get(
+        "use_dynamic_shifting"
+    ):
+        raise InputError(
+            f"The scheduler of {folder} is {scheduler.get('_class_name')} with "
+            f"use_dynamic_shifting={scheduler.get('use_dynamic_shifting')}; needed: "
+            f"{_PARTS['scheduler'][1]} with a fixed shift."
+        )
+    transformer, vae = _json(folder / "transformer/config.json"), _json(folder / "vae/config.json")
+    side = transformer["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return {"time_shift": float(scheduler["shift"]), "height": side, "width": side}
+
+
+def save_folder(
+    path: str | os.PathLike,
+    params: Any,
+    cfg: NextDiTConfig,
+    *,
+    dtype: str | None,
+    text_encoder: pathlib.Path,
+    tokenizer: pathlib.Path,
+    vae: pathlib.Path,
+    time_shift: float,
+) -> None:
+    """Writes a pipeline aside, then renames it.
+
+    Args:
+      path: To be made.
+      params: Of the transformer.
+      cfg: Its sizes.
+      dtype: Of the transformer on disk; that of `params` by default.
+      text_encoder: Folder to copy.
+      tokenizer: Likewise; may be the same, where one folder holds both.
+      vae: Likewise.
+      time_shift: Of the scheduler.
+    """
+    path = pathlib.Path(path).absolute()
+    if path.exists() and any(path.iterdir()):
+        raise InputError(f"{path} has files already. Name a folder that does not exist.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        next_dit.save(aside / "transformer", params, cfg, format="diffusers", dtype=dtype)
+        for name, source in (("text_encoder", text_encoder), ("vae", vae)):
+            _copy(source, aside / name, ("config.json", "*.safetensors", f"*{files.INDEX_SUFFIX}"))
+        _copy(tokenizer, aside / "tokenizer", ("tokenizer*", "special_tokens_map.json", "*.jinja"))
+        scheduler = {
+            "_class_name": _PARTS["scheduler"][1],
+            "_diffusers_version": _DIFFUSERS_VERSION,
+            "num_train_timesteps": 1000,
+            "shift": time_shift,
+            "use_dynamic_shifting": False,
+        }
+        _write_json(aside / "scheduler" / "scheduler_config.json", scheduler)
+        index = {"_class_name": _PIPELINES[0], "_diffusers_version": _DIFFUSERS_VERSION}
+        _write_json(aside / "model_index.json", index | _PARTS)
+        if path.exists():
+            path.rmdir()
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path, patterns: tuple[str, ...]) -> None:
+    target.mkdir(parents=True)
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+def _json(path: pathlib.Path) -> dict:
+    if not path.exists():
+        raise InputError(f"{path} is missing. Download all of the pipeline.")
+    return json.loads(path.read_text())
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")

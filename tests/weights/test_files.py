@@ -1,0 +1,193 @@
+"""Files of others: read in parts, written one tensor at a time, never executed."""
+
+import argparse
+import json
+import pickle
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lumina_jax.errors import InputError
+from lumina_jax.weights.files import (
+    Entry,
+    fingerprint,
+    local_folder,
+    open_weights,
+    write_file,
+    write_folder,
+)
+
+RNG = np.random.default_rng(0)
+ARRAYS = {
+    "matrix": RNG.normal(size=(6, 5)).astype(np.float32),
+    "half": RNG.normal(size=(4, 3)).astype(ml_dtypes.bfloat16),
+    "vector": RNG.normal(size=7).astype(np.float32),
+    "kernel": RNG.normal(size=(4, 3, 2, 2)).astype(np.float32),
+    "number": np.array(3.0, np.float32),
+}
+
+
+def entries(arrays=ARRAYS):
+    return [
+        Entry(name, value.shape, str(value.dtype), lambda value=value: value)
+        for name, value in arrays.items()
+    ]
+
+
+def everything(shape):
+    return tuple(slice(0, size) for size in shape)
+
+
+def read_all(weights):
+    return {name: weights.read(name, everything(shape)) for name, shape in weights.shapes.items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_the_safetensors_library_reads_what_is_written_here(tmp_path):
+    write_file(tmp_path / "x.safetensors", entries())
+    assert_same(load_file(tmp_path / "x.safetensors"), ARRAYS)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_what_the_safetensors_library_writes_is_read_here(tmp_path):
+    save_file(ARRAYS, tmp_path / "x.safetensors")
+    with open_weights(tmp_path / "x.safetensors") as weights:
+        assert weights.dtypes["half"] == "bfloat16"
+        assert_same(read_all(weights), ARRAYS)
+
+
+def test_part_of_a_tensor_is_read(tmp_path):
+    write_file(tmp_path / "x.safetensors", entries())
+    with open_weights(tmp_path) as weights:
+        part = weights.read("matrix", (slice(1, 3), slice(2, 5)))
+    np.testing.assert_array_equal(part, ARRAYS["matrix"][1:3, 2:5])
+
+
+def test_a_large_file_becomes_shards_with_an_index(tmp_path):
+    write_folder(tmp_path, "model", entries(), max_shard_bytes=200)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    index = json.loads((tmp_path / names[-1]).read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in ARRAYS.values())
+    with open_weights(tmp_path) as weights:
+        assert_same(read_all(weights), ARRAYS)
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(
+        InputError, match=r"lacks model-00002-of-00002\.safetensors, named by model"
+    ):
+        open_weights(tmp_path)
+
+
+def test_a_pth_file_goes_there_and_back(tmp_path):
+    torch = pytest.importorskip("torch")
+    write_file(tmp_path / "x.pth", entries())
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+    theirs = torch.load(tmp_path / "x.pth", weights_only=True)
+    np.testing.assert_array_equal(theirs["matrix"].numpy(), ARRAYS["matrix"])
+    assert theirs["half"].dtype == torch.bfloat16
+    with open_weights(tmp_path / "x.pth") as weights:
+        assert_same(read_all(weights), ARRAYS)
+
+
+class Trap:
+    """Unpickled by a loader that obeys, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_is_refused_and_not_executed(tmp_path):
+    torch = pytest.importorskip("torch")
+    trap = {"layers.0.attention.qkv.weight": Trap(tmp_path / "executed")}
+    torch.save(trap, tmp_path / "zip.pth")
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(trap))
+    torch.save(argparse.Namespace(model="2b"), tmp_path / "model_args.pth")
+    for name in ("zip.pth", "bare.pth", "model_args.pth"):
+        with pytest.raises(InputError, match="not a plain archive of tensors, and nothing else"):
+            open_weights(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_state_dict_with_something_else_in_it_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"weight": torch.ones(2), "epoch": 3}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match="holds more than tensors: 'epoch'"):
+        open_weights(tmp_path / "x.pth")
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    write_file(tmp_path / "x.safetensors", entries())
+    content = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(content[:-9])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        open_weights(tmp_path / "x.safetensors")
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path):
+    def fail():
+        raise OSError("disk full")
+
+    for name in ("x.safetensors", "x.pth"):
+        if name.endswith("pth"):
+            pytest.importorskip("torch")
+        with pytest.raises(OSError, match="disk full"):
+            write_file(tmp_path / name, [*entries(), Entry("last", (1,), "float32", fail)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere", "No file or folder at"),
+        ("gs://bucket/x.safetensors", "is not on a local disk"),
+        ("x.bin", "not a folder with safetensors, and its suffix is not"),
+        ("", "must hold one .safetensors file, or several with one"),
+    ],
+)
+def test_a_path_that_cannot_be_read_is_refused(tmp_path, path, message):
+    (tmp_path / "x.bin").touch()
+    with pytest.raises(InputError, match=message):
+        open_weights(path if "://" in path else tmp_path / path)
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub_is_refused(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def offline(name, **_):
+        raise ConnectionError(f"cannot reach the hub for {name}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(InputError, match=r"'team/model' is no local folder.*cannot reach the hub"):
+        local_folder("team/model")
+    with pytest.raises(InputError, match="No file or folder at"):
+        local_folder(str(tmp_path / "missing"))
+
+
+def test_the_fingerprint_knows_values_and_names_but_not_the_place(tmp_path):
+    def of(folder, arrays):
+        write_file(tmp_path / folder / "x.safetensors", entries(arrays))
+        with open_weights(tmp_path / folder) as weights:
+            return fingerprint(weights)
+
+    original = of("a", ARRAYS)
+    assert of("b", ARRAYS) == original
+    for name, value in ARRAYS.items():
+        changed = value.copy()
+        changed[(-1,) * value.ndim] += 1
+        assert of("c", {**ARRAYS, name: changed}) != original
+    assert of("d", {("x" + name): value for name, value in ARRAYS.items()}) != original
