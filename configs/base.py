@@ -35,11 +35,24 @@ def get_config() -> ConfigDict:
     # How often each kind of caption is taken, among those that a picture has.
     data.kinds = ConfigDict({"long": 1.0, "medium": 1.0, "short": 1.0, "tags": 1.0})
     data.caption_dropout = 0.1  # how often a caption is replaced by nothing
+    # The text before every caption, by its name in lumina_jax/system_prompts.py: base, real, align,
+    # aesthetics, 4grid or empty. The official fine-tuning takes base for ordinary captions.
+    data.system_prompt = "base"
+    data.cached = ()  # "latents", "cap_feats": read what tools/cache_features.py stored of them
     data.num_threads = 16
     data.prefetch = 8  # batches made ahead
 
-    config.text_encoder = ConfigDict({"kind": "use", "max_tokens": 256})
-    config.autoencoder = ConfigDict({"kind": "pixels"})
+    config.text_encoder = text_encoder = ConfigDict()
+    text_encoder.kind = "use"  # small and multilingual, without a download; or gemma2
+    text_encoder.path = ""  # of gemma2: a folder or a name on the Hugging Face hub
+    text_encoder.max_tokens = 256  # longer captions are cut
+    text_encoder.dtype = "bfloat16"  # of gemma2: its weights and features; or float32
+    text_encoder.soft_cap = True  # of gemma2: bounds the logits of attention, as it was trained
+    config.autoencoder = autoencoder = ConfigDict()
+    autoencoder.kind = "pixels"  # no compression; or vae
+    autoencoder.path = ""  # of vae: a folder, a name on the Hugging Face hub, a run of train_vae
+    autoencoder.dtype = "bfloat16"  # of vae: its kernels and computation; or float32
+    autoencoder.sample = False  # of vae: latents are drawn, or the likeliest (as upstream)
 
     config.flow = flow = ConfigDict()
     flow.time_distribution = "logit_normal"  # or uniform
@@ -81,4 +94,5 @@ def get_config() -> ConfigDict:
     sampling.semantics = "official"  # or diffusers
     sampling.solver = "euler"
     sampling.time_shift = 6.0
+    sampling.system_prompt = "real"  # as upstream samples, whichever a picture was trained with
     return config

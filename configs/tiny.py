@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.data.directory = "data/openmoji"
     config.data.resolution = 32
     config.data.languages = LANGUAGES
+    config.data.system_prompt = "empty"  # sixteen tokens have no room for one
     config.data.num_threads = 1
     config.data.prefetch = 4
     config.text_encoder.max_tokens = 16
@@ -46,6 +47,7 @@ def get_config() -> ConfigDict:
     config.preview.every = 550
     config.preview.prompts = ("dog face", "perro", "Hund", "собака", "蘑菇", "strawberry")
     config.sampling.update(
-        height=32, width=32, num_steps=25, guidance_scale=2.0, guidance_renorm=0.0, time_shift=1.0
-    )
+        height=32, width=32, num_steps=25, guidance_scale=2.0, guidance_renorm=0.0, time_shift=1.0,
+        system_prompt="empty",
+    )  # fmt: skip
     return config

@@ -2,6 +2,7 @@
 
 python -m lumina_jax.sample --checkpoint=runs/tiny --prompt="dog face" --prompt="perro"
 python -m lumina_jax.sample --checkpoint=runs/tiny --prompts_file=prompts.txt --output=out --seed=7
+python -m lumina_jax.sample --checkpoint=models/Lumina-Image-2.0 --prompt="a red fox" --output=out
 
 Writes a PNG for each prompt and a contact sheet of all. Settings that are not given come from the
 checkpoint's config.
@@ -15,7 +16,7 @@ from absl import flags, logging
 from etils import epath
 from PIL import Image
 
-from lumina_jax import cli, files
+from lumina_jax import checkpoint, cli, files
 from lumina_jax.errors import InputError
 from lumina_jax.progress import progress_bar
 from lumina_jax.sampling.contact_sheet import save_contact_sheet
@@ -23,12 +24,18 @@ from lumina_jax.sampling.pipeline import Pipeline
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Workdir of a run.")
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Workdir of a run, or a diffusers pipeline (or its name on the hub).",
+    )
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of a diffusers pipeline.")
     flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given many times.")
     flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
     flags.DEFINE_string("negative_prompt", None, "What to lead away from.")
+    flags.DEFINE_string("system_prompt", None, "Its name: base, real, align, aesthetics, empty.")
     flags.DEFINE_string("output", None, "Folder; <checkpoint>/samples by default.")
     flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of the first prompt; one more for each after it.")
@@ -39,13 +46,14 @@ def define_flags() -> None:
     flags.DEFINE_float("guidance_truncation", None, "1 guides to the end.")
     flags.DEFINE_float("guidance_renorm", None, "0 is off.")
     flags.DEFINE_string("semantics", None, "official or diffusers.")
-    flags.DEFINE_string("solver", None, "euler.")
+    flags.DEFINE_string("solver", None, "euler or midpoint.")
     flags.DEFINE_float("time_shift", None, "1 spends the steps evenly.")
 
 
 # Flags that are arguments of the pipeline's call; None leaves the checkpoint's setting.
 SETTINGS = (
     "negative_prompt",
+    "system_prompt",
     "height",
     "width",
     "num_steps",
@@ -95,7 +103,12 @@ def draw(
 def main() -> None:
     args = flags.FLAGS
     prompts = read_prompts(args.prompt, args.prompts_file)
-    pipeline = Pipeline.from_checkpoint(args.checkpoint, step=args.step, weights=args.weights)
+    if checkpoint.is_run(args.checkpoint):
+        pipeline = Pipeline.from_checkpoint(args.checkpoint, step=args.step, weights=args.weights)
+    elif args.output is None:
+        raise InputError("Name a folder for the pictures: --output.")
+    else:
+        pipeline = Pipeline.from_diffusers(args.checkpoint, dtype=args.dtype)
     settings = {name: args[name].value for name in SETTINGS}
     images = draw(pipeline, prompts, batch_size=args.batch_size, seed=args.seed, **settings)
     folder = epath.Path(args.output or epath.Path(args.checkpoint) / "samples")

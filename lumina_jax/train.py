@@ -23,13 +23,15 @@ from lumina_jax.data.captions import CaptionPolicy
 from lumina_jax.data.loader import Loader
 from lumina_jax.data.records import num_tokens
 from lumina_jax.errors import InputError
+from lumina_jax.frozen import cache
 from lumina_jax.frozen.autoencoder import Autoencoder, make_autoencoder
 from lumina_jax.frozen.encoder import Encoder
 from lumina_jax.frozen.text_encoder import TextEncoder, make_text_encoder
 from lumina_jax.models import next_dit
 from lumina_jax.sampling.contact_sheet import contact_sheet
-from lumina_jax.sampling.pipeline import Pipeline, sampling_defaults
+from lumina_jax.sampling.pipeline import Pipeline, from_sections
 from lumina_jax.train_step import TrainState, init_state, make_train_step
+from lumina_jax.weights.next_dit import open_transformer
 
 
 def define_flags() -> None:
@@ -51,7 +53,7 @@ class Trainer:
         self.autoencoder = make_autoencoder(**config.autoencoder)
         self.model = model_config(config, self.text_encoder, self.autoencoder)
         self.mesh = sharding.make_mesh(**config.mesh)
-        self.loader = make_loader(config, self.text_encoder)
+        self.loader = make_loader(config, self.text_encoder, self.autoencoder)
         self.num_slots = self._check_shapes()
 
         optim_config = optim.OptimConfig(**config.optim)
@@ -66,7 +68,8 @@ class Trainer:
         self.encode = Encoder(
             self.text_encoder,
             self.autoencoder,
-            self.pipeline.frozen,
+            text_params=lambda: self.pipeline.text_params,
+            image_params=lambda: self.pipeline.autoencoder_params,
             mesh=self.mesh,
             batch_size=config.train.batch_size,
             patch_size=self.model.patch_size,
@@ -82,7 +85,7 @@ class Trainer:
         )
         self.meta = {
             "config": config.to_dict(),
-            "model": _plain(dataclasses.asdict(self.model)),
+            "model": checkpoint.plain(dataclasses.asdict(self.model)),
             "data": self._data_meta(),
         }
 
@@ -92,12 +95,13 @@ class Trainer:
         for key in ("directory", "num_threads", "prefetch"):
             del data[key]
         return {
-            **_plain(data),
+            **checkpoint.plain(data),
             "fingerprint": self.loader.manifest.fingerprint,
             "seed": self.config.seed,
             "batch_size": self.config.train.batch_size,
-            "text_encoder": self.config.text_encoder.to_dict(),
-            "autoencoder": self.config.autoencoder.to_dict(),
+            # Not their paths: the same files may lie elsewhere when the run goes on.
+            "text_encoder": self.text_encoder.fingerprint(),
+            "autoencoder": self.autoencoder.fingerprint(),
         }
 
     def _check_shapes(self) -> int:
@@ -154,17 +158,9 @@ class Trainer:
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
 
     def _make_pipeline(self):
-        defaults, size = sampling_defaults(self.config.sampling.to_dict())
-        return Pipeline(
-            self.model,
-            None,
-            # One of its own: the loader's threads count what they cut in the other.
-            text_encoder=make_text_encoder(**self.config.text_encoder),
-            autoencoder=self.autoencoder,
-            defaults=defaults,
-            size=size,
-            mesh=self.mesh,
-        )
+        # Encoders of its own: the loader's threads count what they cut in the other.
+        parts = from_sections(self.config.to_dict())
+        return Pipeline(self.model, None, **parts, mesh=self.mesh)
 
     def init_state(self) -> tuple[TrainState, int]:
         """The state to begin with, and the index of the first batch.
@@ -176,13 +172,7 @@ class Trainer:
             return self.checkpointer.restore(self.abstract_state, self.shardings, self.meta)
         make_state = functools.partial(init_state, optimizer=self.optimizer)
         if source := self.config.train.init_from:
-            params = checkpoint.init_from(
-                source,
-                self.abstract_state.params,
-                self.shardings.params,
-                weights=self.config.train.init_weights,
-                model=self.meta["model"],
-            )
+            params = self._init_from(source, self.abstract_state.params, self.shardings.params)
             return jax.jit(make_state, out_shardings=self.shardings)(params), 0
 
         def make(key):
@@ -190,6 +180,17 @@ class Trainer:
 
         # Drawn where it lies: no device, and no host, ever holds all of it.
         return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.config.seed)), 0
+
+    def _init_from(self, source: str, abstract, shardings):
+        """The weights of another run, or those that others publish."""
+        model = self.meta["model"]
+        if checkpoint.is_run(source):
+            weights = self.config.train.init_weights
+            return checkpoint.init_from(source, abstract, shardings, weights=weights, model=model)
+        with open_transformer(source, patch_size=self.model.patch_size) as found:
+            theirs = checkpoint.plain(dataclasses.asdict(found.cfg))
+            checkpoint.check_same("model", theirs, model, epath.Path(source))
+            return found.load(abstract, shardings)
 
     def preview(self, state: TrainState, step: int, writer: metrics.Writer) -> None:
         """Draws the preview prompts with the averaged weights, as a contact sheet."""
@@ -241,23 +242,34 @@ def model_config(
     )
 
 
-def make_loader(config: ConfigDict, text_encoder: TextEncoder) -> Loader:
+def make_loader(config: ConfigDict, text_encoder: TextEncoder, autoencoder: Autoencoder) -> Loader:
     """The batches of this process."""
+    data = config.data
     policy = CaptionPolicy(
-        kinds=dict(config.data.kinds),
-        languages=tuple(config.data.languages),
-        dropout=config.data.caption_dropout,
+        kinds=dict(data.kinds),
+        languages=tuple(data.languages),
+        dropout=data.caption_dropout,
+        system_prompt=data.system_prompt,
     )
-    return Loader(
-        config.data.directory,
+    loader = Loader(
+        data.directory,
         batch_size=config.train.batch_size,
         seed=config.seed,
         tokenize=text_encoder.tokenize,
         policy=policy,
-        buckets=[Bucket.parse(name) for name in config.data.buckets],
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
+        buckets=[Bucket.parse(name) for name in data.buckets],
+        features=data.cached,
+        num_threads=data.num_threads,
+        prefetch=data.prefetch,
     )
+    cache.check(
+        loader.manifest,
+        data.cached,
+        text_encoder=text_encoder,
+        autoencoder=autoencoder,
+        system_prompt=data.system_prompt,
+    )
+    return loader
 
 
 def train(config: ConfigDict, workdir: str) -> TrainState:
@@ -288,11 +300,6 @@ def _check_numbers(config: ConfigDict) -> None:
         )
     if faults:
         raise InputError("config: " + "; ".join(faults) + ".")
-
-
-def _plain(tree):
-    """As JSON would return it, so that what was saved compares equal."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in tree.items()}
 
 
 def main() -> None:

@@ -10,8 +10,8 @@
 Input: the workdir of a run, a diffusers pipeline or its transformer folder (also by its name on the
 Hugging Face hub), an official or ComfyUI file (.safetensors or .pth). What it is, is found out.
 Output: for diffusers a folder, for official and comfyui a .safetensors or .pth file, for lumina_jax
-a workdir, which `train.init_from` and `lumina_jax.sample` take. For a whole diffusers pipeline, with
-text encoder and VAE, use `Pipeline.save_diffusers`.
+a workdir, which `train.init_from` and `lumina_jax.sample` take. For a whole diffusers pipeline, text
+encoder and VAE included, use `Pipeline.save_diffusers`.
 """
 
 import time

@@ -2,8 +2,9 @@
 
 A picture has captions of several kinds (long, medium, short, tags) and languages. Each time it is
 seen, the policy draws a kind by weight among the kinds the picture has, then one of its captions of
-that kind. With the dropout probability the text is "" instead: that is what the unconditional
-branch of classifier-free guidance learns from.
+that kind, and puts the system prompt before it. With the dropout probability the text is ""
+instead, without a system prompt: that is what the unconditional branch of classifier-free guidance
+learns from.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from lumina_jax.errors import InputError
+from lumina_jax.system_prompts import prefixed
 
 KINDS = ("long", "medium", "short", "tags")
 
@@ -32,6 +34,7 @@ class CaptionPolicy:
         kinds: weight of each kind; a kind that is not named is never chosen.
         languages: the languages allowed; () allows all.
         dropout: probability of the empty text.
+        system_prompt: name of the text before every caption; see lumina_jax/system_prompts.py.
     """
 
     kinds: Mapping[str, float] = dataclasses.field(
@@ -39,6 +42,7 @@ class CaptionPolicy:
     )
     languages: Sequence[str] = ()
     dropout: float = 0.1
+    system_prompt: str = "empty"
 
     def __post_init__(self):
         if unknown := sorted(set(self.kinds) - set(KINDS)):
@@ -58,23 +62,31 @@ class CaptionPolicy:
             )
         if not 0 <= self.dropout <= 1:
             raise InputError(f"Caption dropout {self.dropout} is not a probability; give 0 to 1.")
+        prefixed("", self.system_prompt)  # refuses a name that does not exist
 
     def allows(self, kind: str, language: str) -> bool:
         return self.kinds.get(kind, 0) > 0 and (not self.languages or language in self.languages)
 
-    def choose(self, captions: Sequence[Caption], rng: np.random.Generator) -> str:
-        """Returns the text to train on this time; the same generator state gives the same text."""
-        allowed = [c for c in captions if self.allows(c.kind, c.language)]
+    def choose(self, captions: Sequence[Caption], rng: np.random.Generator) -> int | None:
+        """Returns the index of the caption to train on this time, None for the empty text.
+
+        The same generator state makes the same choice.
+        """
+        allowed = [i for i, c in enumerate(captions) if self.allows(c.kind, c.language)]
         if not allowed:
             has = describe_pairs((c.kind, c.language) for c in captions)
             raise InputError(f"A picture has {has}; {self} allows none of them.")
         if rng.random() < self.dropout:
-            return ""
-        kinds = [kind for kind in KINDS if any(c.kind == kind for c in allowed)]
+            return None
+        kinds = [kind for kind in KINDS if any(captions[i].kind == kind for i in allowed)]
         weights = np.array([self.kinds[kind] for kind in kinds], np.float64)
         kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
-        texts = [c.text for c in allowed if c.kind == kind]
-        return texts[rng.integers(len(texts))]
+        of_kind = [i for i in allowed if captions[i].kind == kind]
+        return of_kind[rng.integers(len(of_kind))]
+
+    def text(self, captions: Sequence[Caption], chosen: int | None) -> str:
+        """Returns what the text encoder reads when `choose` has chosen."""
+        return "" if chosen is None else prefixed(captions[chosen].text, self.system_prompt)
 
     def __str__(self) -> str:
         kinds = ", ".join(kind for kind, weight in self.kinds.items() if weight > 0)

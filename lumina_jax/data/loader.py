@@ -10,13 +10,15 @@ are then mixed in proportion to their records: every process meets the same buck
 and one integer, the step, is the whole state of the data.
 """
 
+import functools
 import io
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
@@ -26,7 +28,7 @@ from PIL import Image
 
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import Caption, CaptionPolicy, describe_pairs
-from lumina_jax.data.records import REMAKE, Manifest, Split
+from lumina_jax.data.records import CACHES, REMAKE, CapFeatsCache, Manifest, Split
 from lumina_jax.errors import InputError
 
 Tokenize = Callable[[Sequence[str]], tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]]
@@ -37,13 +39,16 @@ class Loader:
 
     A batch is this process's share of a global batch: `images` uint8 [b, H, W, 3], `token_ids`
     int32 [b, S], `token_mask` bool [b, S], `ids` (the records' ids, objects [b]) and `captions`
-    (a list of b texts).
+    (a list of b texts). With cached features there are `latents` bfloat16 [b, h, w, C] in the place
+    of `images`, and `cap_feats` bfloat16 [b, S, F] in that of `token_ids`; the rows and their
+    captions are the same.
 
     Args:
         directory: where a manifest.json is.
         batch_size: of the global batch.
         tokenize: texts -> (token_ids, token_mask). It is called from several threads at once.
         buckets: the buckets to train on; () takes all that have records.
+        features: the cached features to read: "latents", "cap_feats" or both.
         num_threads: batches that are made at the same time.
         prefetch: batches that wait in memory.
         process_index, process_count: of which share this is; by default those of JAX.
@@ -58,6 +63,7 @@ class Loader:
         tokenize: Tokenize,
         policy: CaptionPolicy | None = None,
         buckets: Sequence[Bucket] = (),
+        features: Sequence[str] = (),
         num_threads: int = 4,
         prefetch: int = 8,
         process_index: int | None = None,
@@ -82,6 +88,7 @@ class Loader:
             raise InputError(f"seed={seed} must be zero or more.")
         policy = policy or CaptionPolicy()
         self.manifest = Manifest.load(directory)
+        _check_features(self.manifest, features, directory)
         splits = _select_splits(self.manifest, buckets, directory)
         _check_captions(splits, policy)
         self.buckets = tuple(split.bucket for split in splits)
@@ -90,11 +97,19 @@ class Loader:
         self._read_options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=prefetch
         )
-        open_split = _opener(directory, splits, self._undecodable)
+        open_split = _opener(directory, splits, self._undecodable, self.manifest, features)
+        take_captions = functools.partial(_tokens, tokenize)
+        if "cap_feats" in features:
+            take_captions = functools.partial(_cap_feats, self.manifest.cache["cap_feats"])
         local_size = batch_size // process_count
 
         def choose_caption(picture: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-            return {**picture, "caption": policy.choose(picture["captions"], rng)}
+            captions = picture["captions"]
+            chosen = policy.choose(captions, rng)
+            row = picture | {"caption": policy.text(captions, chosen)}
+            if "cap_feats" in picture:
+                row["cap_feats"] = None if chosen is None else picture["cap_feats"][chosen]
+            return row
 
         def batches_of(split: Split) -> grain.MapDataset:
             # Each bucket has a seed of its own, which does not depend on the other buckets.
@@ -111,7 +126,7 @@ class Loader:
             # Rows never end, so nothing is dropped; without it Grain rounds their number up, past
             # the largest that Python's len() can return.
             return rows.batch(
-                local_size, drop_remainder=True, batch_fn=lambda rows: _batch(rows, tokenize)
+                local_size, drop_remainder=True, batch_fn=lambda rows: _batch(rows, take_captions)
             )
 
         self._batches = grain.MapDataset.mix(
@@ -143,25 +158,72 @@ class Loader:
 
 def read_pictures(directory: epath.PathLike) -> Iterator[dict[str, Any]]:
     """Yields every picture once, in the order of the shards: `id`, `image` and `captions`."""
-    splits = _select_splits(Manifest.load(directory), (), directory)
-    open_split = _opener(directory, splits, _Undecodable())
+    manifest = Manifest.load(directory)
+    splits = _select_splits(manifest, (), directory)
+    open_split = _opener(directory, splits, _Undecodable(), manifest)
     for split in splits:
         pictures = open_split(split)
         yield from (pictures[index] for index in range(len(pictures)))
 
 
-def _opener(
-    directory: epath.PathLike, splits: Sequence[Split], undecodable: "_Undecodable"
-) -> Callable[[Split], "_Pictures"]:
-    """Returns a function from a split to its decoded pictures."""
+def open_records(
+    directory: epath.PathLike, splits: Sequence[Split], names: Collection[str] = ()
+) -> Callable[[Split], "Records"]:
+    """Returns a function from a split to its records; `names` are the features to read, () all."""
     builder = _open(directory, splits)
-    skip = {"image": tfds.decode.SkipDecoding()}
+    names = names or tuple(builder.info.features)
+    features = tfds.features.FeaturesDict({name: builder.info.features[name] for name in names})
 
-    def open_split(split: Split) -> _Pictures:
-        source = builder.as_data_source(split.name, decoders=skip)
-        return _Pictures(source, split.bucket, undecodable)
+    def open_split(split: Split) -> Records:
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        return Records(builder.as_data_source(split.name, deserialize_method=raw), features)
 
     return open_split
+
+
+class Records:
+    """The records of a split as they are stored, by index: what is encoded stays in its bytes."""
+
+    def __init__(self, source: Sequence[Any], features: tfds.features.FeaturesDict):
+        self._source, self._features = source, features
+        skip = tfds.decode.SkipDecoding()
+        self._decoders = {name: skip for name in features if name == "image"}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # The features that are not asked for stay in the bytes of the record.
+        return self._features.deserialize_example_np(self._source[index], decoders=self._decoders)
+
+
+def captions_of(record: Mapping[str, Any]) -> list[Caption]:
+    """Returns the captions of a stored record."""
+    columns = (record["captions"][name] for name in ("text", "kind", "language"))
+    return [Caption(*(text.decode() for text in row)) for row in zip(*columns, strict=True)]
+
+
+def decode_image(content: bytes, bucket: Bucket) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the pixels of a stored record's image."""
+    with Image.open(io.BytesIO(content)) as image:
+        if image.size != (bucket.width, bucket.height):
+            raise ValueError(f"the picture is {image.width}x{image.height}")
+        return np.array(image.convert("RGB"))
+
+
+def _opener(
+    directory: epath.PathLike,
+    splits: Sequence[Split],
+    undecodable: "_Undecodable",
+    manifest: Manifest,
+    features: Collection[str] = (),
+) -> Callable[[Split], "_Pictures"]:
+    """Returns a function from a split to its decoded pictures, or to their cached latents."""
+    picture = "latents" if "latents" in features else "image"
+    decode = manifest.cache["latents"].decode if picture == "latents" else decode_image
+    names = dict.fromkeys(("id", "captions", picture, *features))
+    open_split = open_records(directory, splits, names)
+    return lambda split: _Pictures(open_split(split), split.bucket, picture, decode, undecodable)
 
 
 class _ProcessRows(grain.MapDataset):
@@ -211,55 +273,89 @@ class _Undecodable:
 
 
 class _Pictures:
-    """The decoded records of one bucket, by index; threads may share it."""
+    """The decoded records of one bucket, by index; threads may share it.
 
-    def __init__(self, source: Sequence[Any], bucket: Bucket, undecodable: _Undecodable):
-        self._source, self._bucket, self._undecodable = source, bucket, undecodable
+    Args:
+        records: with the features `id`, `captions`, that of the picture, and others.
+        bucket: of all of them.
+        picture: the feature that is decoded, `image` or `latents`.
+        decode: it, given the bytes and the bucket.
+        undecodable: counts the failures.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        bucket: Bucket,
+        picture: str,
+        decode: Callable[[bytes, Bucket], np.ndarray],
+        undecodable: _Undecodable,
+    ):
+        self._records, self._bucket, self._undecodable = records, bucket, undecodable
+        self._picture, self._decode = picture, decode
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for offset in range(len(self)):
-            record = self._source[(index + offset) % len(self)]
+            record = self._records[(index + offset) % len(self)]
             record_id = record["id"].decode()
             try:
-                image = _decode(record["image"], self._bucket)
+                picture = self._decode(record[self._picture], self._bucket)
             except Exception as error:  # what a decoder raises on damaged bytes is anything
                 self._undecodable.add(record_id, self._bucket, error)
                 continue
-            captions = record["captions"]
-            names = ("text", "kind", "language")
-            return {
-                "id": record_id,
-                "image": image,
-                "captions": [
-                    Caption(*(text.decode() for text in texts))
-                    for texts in zip(*(captions[name] for name in names), strict=True)
-                ],
-            }
+            captions = captions_of(record)
+            return {**record, "id": record_id, self._picture: picture, "captions": captions}
         raise InputError(
             f"None of the {len(self)} records of bucket {self._bucket} can be decoded. {REMAKE}"
         )
 
 
-def _decode(content: bytes, bucket: Bucket) -> UInt8[np.ndarray, "H W 3"]:
-    with Image.open(io.BytesIO(content)) as image:
-        if image.size != (bucket.width, bucket.height):
-            raise ValueError(f"the picture is {image.width}x{image.height}")
-        return np.array(image.convert("RGB"))
-
-
-def _batch(rows: Sequence[dict[str, Any]], tokenize: Tokenize) -> dict[str, Any]:
-    captions = [row["caption"] for row in rows]
-    token_ids, token_mask = tokenize(captions)
+def _batch(rows: Sequence[dict[str, Any]], take_captions: Callable) -> dict[str, Any]:
+    pictures = {
+        plural: np.stack([row[name] for row in rows])
+        for name, plural in (("image", "images"), ("latents", "latents"))
+        if name in rows[0]
+    }
     return {
-        "images": np.stack([row["image"] for row in rows]),
+        **pictures,
+        **take_captions(rows),
+        "ids": np.array([row["id"] for row in rows], object),
+        "captions": [row["caption"] for row in rows],
+    }
+
+
+def _tokens(tokenize: Tokenize, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    token_ids, token_mask = tokenize([row["caption"] for row in rows])
+    return {
         "token_ids": np.asarray(token_ids, np.int32),
         "token_mask": np.asarray(token_mask, np.bool_),
-        "ids": np.array([row["id"] for row in rows], object),
-        "captions": captions,
     }
+
+
+def _cap_feats(cache: CapFeatsCache, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Pads the stored features on the right, as they were when they were made."""
+    cap_feats = np.zeros((len(rows), cache.max_tokens, cache.feature_dim), jnp.bfloat16)
+    token_mask = np.zeros((len(rows), cache.max_tokens), np.bool_)
+    for index, row in enumerate(rows):
+        stored = cache.decode(row["cap_feats"])
+        cap_feats[index, : len(stored)] = stored
+        token_mask[index, : len(stored)] = True
+    return {"cap_feats": cap_feats, "token_mask": token_mask}
+
+
+def _check_features(manifest: Manifest, features: Sequence[str], directory: epath.PathLike) -> None:
+    if isinstance(features, str) or set(features) - set(CACHES):
+        raise InputError(f"Cached features {features!r} are not a tuple of {' and '.join(CACHES)}.")
+    if missing := [name for name in features if name not in manifest.cache]:
+        raise InputError(
+            f"{directory} has no cached {' and '.join(missing)}; it has "
+            f"{' and '.join(manifest.cache) or 'none'}. Make a dataset that does with "
+            f"tools/cache_features.py --features={','.join(features)}, or leave them out of "
+            f"data.cached."
+        )
 
 
 def _select_splits(

@@ -8,8 +8,12 @@ A dataset directory holds
 
 TensorFlow is not needed to write or to read it, and any TFDS tool can open it:
 `tfds.builder_from_directory(directory).as_data_source("train_1024x1024")`.
+
+A record may also hold what frozen networks made of it: `latents` of the picture, and `cap_feats`,
+one for each caption. They are bytes of bfloat16, whose shapes the manifest gives; see `CACHES`.
 """
 
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -20,12 +24,14 @@ import pathlib
 import pickle
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from jaxtyping import BFloat16
 from PIL import Image
 
 from lumina_jax import files
@@ -115,8 +121,55 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentsCache:
+    """Latents of the stored pictures: bfloat16 [height / downscale, width / downscale, channels].
+
+    A picture that could not be decoded has no bytes, so that it is replaced when it is met, as it
+    would be without a cache.
+    """
+
+    fingerprint: str  # of the autoencoder
+    downscale: int
+    channels: int
+
+    def decode(self, content: bytes, bucket: Bucket) -> BFloat16[np.ndarray, "h w C"]:
+        height, width = bucket.height // self.downscale, bucket.width // self.downscale
+        return np.frombuffer(content, jnp.bfloat16).reshape(height, width, self.channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class CapFeatsCache:
+    """Features of each caption, in the order of the captions: bfloat16 [num_tokens, feature_dim].
+
+    Only slots with a token are stored; they are the first of the `max_tokens` of a batch.
+    """
+
+    fingerprint: str  # of the text encoder
+    system_prompt: str  # the name of what stood before each caption
+    max_tokens: int
+    feature_dim: int
+    num_truncated: int  # captions that were cut to `max_tokens`
+    empty: str  # base64 of the features of "", which stands for a dropped caption
+
+    @classmethod
+    def with_empty(cls, empty: BFloat16[np.ndarray, "n F"], **settings: Any) -> "CapFeatsCache":
+        return cls(empty=base64.b64encode(empty.tobytes()).decode(), **settings)
+
+    def decode(self, content: bytes | None) -> BFloat16[np.ndarray, "n F"]:
+        """The features of a caption, given their bytes; those of "" without."""
+        content = base64.b64decode(self.empty) if content is None else content
+        return np.frombuffer(content, jnp.bfloat16).reshape(-1, self.feature_dim)
+
+
+CACHES = {"latents": LatentsCache, "cap_feats": CapFeatsCache}
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a dataset directory holds. Its fingerprint changes with any byte of any record."""
+    """What a dataset directory holds.
+
+    Its fingerprint changes with any byte of a picture or a caption, and with what made the caches.
+    """
 
     splits: tuple[Split, ...]
     settings: Mapping[str, Any]
@@ -124,6 +177,7 @@ class Manifest:
     attribution: str
     fingerprint: str
     version: str = __version__  # of the code that wrote it
+    cache: Mapping[str, LatentsCache | CapFeatsCache] = dataclasses.field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -183,6 +237,10 @@ class Manifest:
                 }
                 for split in self.splits
             ],
+            "cache": {
+                name: {"dtype": "bfloat16", **dataclasses.asdict(cache)}
+                for name, cache in self.cache.items()
+            },
         }
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         files.write(epath.Path(directory) / MANIFEST, text)
@@ -221,8 +279,13 @@ class Manifest:
                 )
                 for split in content["splits"]
             ]
+            cache = {
+                name: CACHES[name](**{key: value for key, value in made.items() if key != "dtype"})
+                for name, made in content.get("cache", {}).items()  # younger than the format
+            }
             names = ("settings", "license", "attribution", "fingerprint", "version")
-            return cls(splits=tuple(splits), **{name: content[name] for name in names})
+            given = {name: content[name] for name in names}
+            return cls(splits=tuple(splits), cache=cache, **given)
         except (AttributeError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error!r}). {REMAKE}") from error
 
@@ -239,8 +302,14 @@ def num_tokens(resolution: int, pixels_per_token: int) -> int:
     return (resolution // pixels_per_token) ** 2
 
 
-def features() -> tfds.features.FeaturesDict:
-    """Returns the TFDS features of a record; the image stays in the bytes it was encoded to."""
+def features(cached: Collection[str] = ()) -> tfds.features.FeaturesDict:
+    """Returns the TFDS features of a record; the image stays in the bytes it was encoded to.
+
+    Cached features are bytes too: as tensors of varying shape TFDS would store them by values and
+    row lengths, and rebuild those of every caption for the one that is wanted.
+    """
+    content = tfds.features.Tensor(shape=(), dtype=np.object_)
+    caches = {"latents": content, "cap_feats": tfds.features.Sequence(content)}
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
@@ -256,6 +325,7 @@ def features() -> tfds.features.FeaturesDict:
             # Of the original: the bucket says how large the stored picture is.
             "height": np.int32,
             "width": np.int32,
+            **{name: caches[name] for name in cached},
         }
     )
 
@@ -267,13 +337,23 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
     # TFDS finds this by a package that it does not declare among its own (importlib_resources).
     code_path = epath.Path(__file__)
 
-    def __init__(self, *, splits: Mapping[str, Iterable[tuple]], license: str, **kwargs: Any):
-        self._splits, self._license = splits, license
+    def __init__(
+        self,
+        *,
+        splits: Mapping[str, Iterable[tuple]],
+        license: str,
+        cached: Collection[str],
+        **kwargs: Any,
+    ):
+        self._splits, self._license, self._cached = splits, license, cached
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
-            builder=self, features=features(), description=self.__doc__, license=self._license
+            builder=self,
+            features=features(self._cached),
+            description=self.__doc__,
+            license=self._license,
         )
 
     def _split_generators(self, dl_manager):
@@ -284,8 +364,8 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
         raise NotImplementedError("_split_generators gives the examples themselves")
 
 
-def find(directory: epath.PathLike, recipe: Recipe) -> Manifest | None:
-    """Returns the manifest of a finished dataset of this recipe, None where nothing is yet."""
+def find(directory: epath.PathLike) -> Manifest | None:
+    """Returns the manifest of a finished dataset, None where nothing is yet."""
     directory = epath.Path(directory)
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return None
@@ -294,19 +374,7 @@ def find(directory: epath.PathLike, recipe: Recipe) -> Manifest | None:
             f"{directory} holds files but no {MANIFEST}: an unfinished dataset, or something else. "
             "Choose another directory, or replace an unfinished dataset with --overwrite."
         )
-    manifest = Manifest.load(directory)
-    wanted = recipe.settings
-    differences = [
-        f"{name} is {manifest.settings.get(name)!r} there and {wanted.get(name)!r} here"
-        for name in sorted(wanted.keys() | manifest.settings.keys())
-        if wanted.get(name) != manifest.settings.get(name)
-    ]
-    if differences:
-        raise InputError(
-            f"{directory} holds another dataset: {'; '.join(differences)}. Choose another "
-            "directory, ask for the same settings, or replace it with --overwrite."
-        )
-    return manifest
+    return Manifest.load(directory)
 
 
 def build(
@@ -320,43 +388,69 @@ def build(
     """Writes the dataset and returns its manifest; one that is finished already is left as it is.
 
     Pictures are taken one at a time, fitted and spooled to local disk bucket by bucket, then
-    written as shards beside the directory and moved into place.
+    written as shards.
+    """
+    if overwrite:
+        check_replaceable(directory)
+    elif (manifest := find(directory)) is not None:
+        _check_settings(manifest, recipe, directory)
+        return manifest
+    with tempfile.TemporaryDirectory() as spool_directory:
+        spools = {
+            bucket: _Spool(pathlib.Path(spool_directory) / str(bucket), recipe.source)
+            for bucket in sorted(recipe.buckets)
+        }
+        digest = hashlib.sha256()
+        with contextlib.ExitStack() as stack:
+            for spool in spools.values():
+                stack.enter_context(spool)
+            for picture in pictures:
+                bucket = bucket_lib.choose_bucket(*picture.image.size, recipe.buckets)
+                image = encode(fit(picture.image, bucket), recipe.resolution)
+                spools[bucket].append(picture, image)
+                captions = [dataclasses.astuple(caption) for caption in picture.captions]
+                digest.update(json.dumps([str(bucket), picture.id, captions]).encode())
+                digest.update(hashlib.sha256(image).digest())
+        splits = tuple(spool.split(bucket) for bucket, spool in spools.items())
+        if not any(split.num_records for split in splits):
+            raise InputError(f"{recipe.source} gave no picture; there is nothing to write.")
+        manifest = Manifest(
+            splits, recipe.settings, recipe.license, recipe.attribution, digest.hexdigest()
+        )
+        write(directory, {split: spools[split.bucket] for split in splits}, recipe.license)
+    manifest.save(directory)
+    return manifest
+
+
+def write(
+    directory: epath.PathLike,
+    examples: Mapping[Split, Iterable[tuple[str, dict[str, Any]]]],
+    license: str,
+    cached: Collection[str] = (),
+) -> None:
+    """Writes shards beside the directory and moves them into its place, where a dataset may be.
+
+    The dataset is finished when the caller saves its manifest there.
+
+    Args:
+        directory: of the dataset.
+        examples: of each split, (key, example); asked for one split after another.
+        license: of the pictures.
+        cached: the names in `CACHES` that every example has.
     """
     directory = epath.Path(directory)
-    if overwrite:
-        _check_replaceable(directory)
-    elif (manifest := find(directory, recipe)) is not None:
-        return manifest
     aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
     try:
-        with tempfile.TemporaryDirectory() as spool_directory:
-            spools = {
-                bucket: _Spool(pathlib.Path(spool_directory) / str(bucket), recipe.source)
-                for bucket in sorted(recipe.buckets)
-            }
-            digest = hashlib.sha256()
-            with contextlib.ExitStack() as stack:
-                for spool in spools.values():
-                    stack.enter_context(spool)
-                for picture in pictures:
-                    bucket = bucket_lib.choose_bucket(*picture.image.size, recipe.buckets)
-                    image = encode(fit(picture.image, bucket), recipe.resolution)
-                    spools[bucket].append(picture, image)
-                    captions = [dataclasses.astuple(caption) for caption in picture.captions]
-                    digest.update(json.dumps([str(bucket), picture.id, captions]).encode())
-                    digest.update(hashlib.sha256(image).digest())
-            splits = tuple(spool.split(bucket) for bucket, spool in spools.items())
-            if not any(split.num_records for split in splits):
-                raise InputError(f"{recipe.source} gave no picture; there is nothing to write.")
-            tfds.disable_progress_bar()  # a bar per shard; the caller shows one for the pictures
-            builder = Pictures(
-                # TFDS refuses a split without records; the manifest still lists it.
-                splits={split.name: spools[split.bucket] for split in splits if split.num_records},
-                license=recipe.license,
-                data_dir=aside,
-            )
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it is doing
-                builder.download_and_prepare()
+        tfds.disable_progress_bar()  # a bar per shard; the caller shows one for the pictures
+        builder = Pictures(
+            # TFDS refuses a split without records; the manifest still lists it.
+            splits={split.name: made for split, made in examples.items() if split.num_records},
+            license=license,
+            cached=cached,
+            data_dir=aside,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it is doing
+            builder.download_and_prepare()
         if directory.exists():
             # The manifest goes first: a directory half removed must not look complete.
             (directory / MANIFEST).unlink(missing_ok=True)
@@ -364,11 +458,6 @@ def build(
         epath.Path(builder.data_path).rename(directory)
     finally:
         aside.rmtree(missing_ok=True)
-    manifest = Manifest(
-        splits, recipe.settings, recipe.license, recipe.attribution, digest.hexdigest()
-    )
-    manifest.save(directory)
-    return manifest
 
 
 def encode(image: Image.Image, resolution: int) -> bytes:
@@ -430,8 +519,23 @@ class _Spool:
         return Split(bucket, self._num_records, caption_sets)
 
 
-def _check_replaceable(directory: epath.Path) -> None:
+def _check_settings(manifest: Manifest, recipe: Recipe, directory: epath.PathLike) -> None:
+    wanted = recipe.settings
+    differences = [
+        f"{name} is {manifest.settings.get(name)!r} there and {wanted.get(name)!r} here"
+        for name in sorted(wanted.keys() | manifest.settings.keys())
+        if wanted.get(name) != manifest.settings.get(name)
+    ]
+    if differences:
+        raise InputError(
+            f"{directory} holds another dataset: {'; '.join(differences)}. Choose another "
+            "directory, ask for the same settings, or replace it with --overwrite."
+        )
+
+
+def check_replaceable(directory: epath.PathLike) -> None:
     """Refuses to remove a directory that does not look like a dataset."""
+    directory = epath.Path(directory)
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not directory.is_dir() or not any(

@@ -3,13 +3,25 @@
 Axes: B batch, H W picture height and width, h w latent height and width, C latent channels.
 """
 
+import dataclasses
+import hashlib
+import json
+import pathlib
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
 
+from lumina_jax import sharding
 from lumina_jax.errors import InputError
+from lumina_jax.models import vae
+from lumina_jax.weights import convert, files
+from lumina_jax.weights import vae as names
+
+# As diffusers calls them.
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 @runtime_checkable
@@ -60,18 +72,114 @@ class Pixels:
         self, params: PyTree, images: UInt8[Array, "B H W 3"], key: PRNGKeyArray
     ) -> Float[Array, "B H W 3"]:
         del params, key
-        return images.astype(jnp.float32) / 127.5 - 1
+        return signed(images)
 
     def decode(self, params: PyTree, latents: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
         del params
         return latents
 
 
-AUTOENCODERS = {"pixels": Pixels}
+class VAE:
+    """The autoencoder of FLUX.1 and Lumina-Image 2.0, or a small one made by `train_vae`.
+
+    Args:
+      path: A diffusers pipeline (with vae/), a folder with config.json and weights, the name of
+        such a repository on the Hugging Face hub, or the workdir of `train_vae`.
+      dtype: Of kernels and computation, "bfloat16" or "float32".
+      sample: Whether latents are drawn, as in diffusers' scripts, or the likeliest, as in the
+        official training.
+
+    Attributes:
+      folder: Where config and weights are.
+      cfg: The sizes.
+    """
+
+    def __init__(self, path: str, *, dtype: str = "bfloat16", sample: bool = False):
+        if not path:
+            raise InputError(
+                "autoencoder.path is empty. The autoencoder 'vae' needs a local folder or a name "
+                "on the Hugging Face hub, such as Alpha-VLLM/Lumina-Image-2.0, or the workdir of a "
+                "run of lumina_jax.train_vae."
+            )
+        self.folder = _find_folder(path)
+        config = json.loads((self.folder / CONFIG_FILE).read_text())
+        self.cfg = vae.VAEConfig.from_json(config, dtype=dtype)
+        self.downscale, self.channels = self.cfg.downscale, self.cfg.latent_channels
+        self._sample = sample
+
+    def load_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+        def held(path, x):  # norms and biases stay float32: they are few, and read as such
+            kernel = path[-1].key == "kernel"
+            return jax.ShapeDtypeStruct(x.shape, self.cfg.dtype if kernel else x.dtype)
+
+        abstract = jax.tree_util.tree_map_with_path(held, vae.abstract_params(self.cfg))
+        shardings = sharding.tree_shardings(abstract, mesh, sharding.VAE_RULES)
+        with self._open_weights() as weights:
+            return convert.load(weights, names.tensors(self.cfg), abstract, shardings)
+
+    def fingerprint(self) -> str:
+        settings = [dataclasses.asdict(self.cfg), self._sample]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        with self._open_weights() as weights:
+            digest.update(files.fingerprint(weights).encode())
+        return f"vae {digest.hexdigest()}"
+
+    def encode(
+        self, params: PyTree, images: UInt8[Array, "B H W 3"], key: PRNGKeyArray
+    ) -> Float[Array, "B h w C"]:
+        with jax.default_matmul_precision(self.cfg.dtype):
+            return vae.encode(self.cfg, params, signed(images), key if self._sample else None)
+
+    def decode(self, params: PyTree, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        with jax.default_matmul_precision(self.cfg.dtype):
+            return vae.decode(self.cfg, params, latents)
+
+    def _open_weights(self) -> files.Weights:
+        # A folder of the hub may have the same weights in other precisions beside it.
+        file = self.folder / WEIGHTS_FILE
+        return files.open_weights(file if file.exists() else self.folder)
 
 
-def make_autoencoder(kind: str) -> Autoencoder:
-    """The autoencoder that `config.autoencoder.kind` names."""
-    if kind not in AUTOENCODERS:
-        raise InputError(f"autoencoder.kind={kind!r} is not one of {', '.join(AUTOENCODERS)}.")
-    return AUTOENCODERS[kind]()
+def signed(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Bytes as numbers in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def _find_folder(path: str) -> pathlib.Path:
+    inside = files.local_folder(path, "vae")
+    folder = inside if inside.is_dir() else inside.parent
+    if not (folder / CONFIG_FILE).exists():
+        has = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        raise InputError(
+            f"{folder} is no autoencoder: it has no {CONFIG_FILE} but {has}. Give a folder with "
+            f"vae/ in it, or one with {CONFIG_FILE} and {WEIGHTS_FILE}. A run of "
+            f"lumina_jax.train_vae writes vae/ when it ends."
+        )
+    return folder
+
+
+KINDS = ("pixels", "vae")
+
+
+def make_autoencoder(
+    kind: str, *, path: str = "", dtype: str = "bfloat16", sample: bool = False
+) -> Autoencoder:
+    """The autoencoder that a config names.
+
+    Args:
+      kind: One of KINDS.
+      path: Of vae: where its files are.
+      dtype: Of vae: "bfloat16" or "float32". Pixels are float32 always.
+      sample: Of vae: whether latents are drawn.
+    """
+    if kind == "vae":
+        return VAE(path, dtype=dtype, sample=sample)
+    if kind == "pixels":
+        if path or sample:
+            raise InputError(
+                f"autoencoder.path={path!r} and autoencoder.sample={sample} are given, but the "
+                f"autoencoder 'pixels' has no weights and nothing to draw. Leave them '' and False,"
+                f" or set autoencoder.kind to vae."
+            )
+        return Pixels()
+    raise InputError(f"autoencoder.kind={kind!r} is not one of {', '.join(KINDS)}.")

@@ -1,13 +1,17 @@
 """The frozen programs of training: host batches in, `Batch` on the mesh out.
 
 The text encoder is one program; the autoencoder with the cut into tokens is a small one for each
-bucket shape, compiled when first met. Behind it every bucket looks alike.
+bucket shape, compiled when first met. Behind it every bucket looks alike. A host batch may bring
+cached `latents` or `cap_feats` instead of what they are made from: then that program does not run,
+and its weights are never read.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lumina_jax import sharding
 from lumina_jax.frozen.autoencoder import Autoencoder
@@ -22,7 +26,8 @@ class Encoder:
     Args:
       text_encoder: Its programs.
       autoencoder: Likewise.
-      params: Those of the text encoder and of the autoencoder, on the mesh.
+      text_params: Gives those of the text encoder, on the mesh; called by batches that need them.
+      image_params: Likewise, those of the autoencoder.
       mesh: The batch is split over it.
       batch_size: Of the global batch.
       patch_size: Of the model.
@@ -35,8 +40,9 @@ class Encoder:
         self,
         text_encoder: TextEncoder,
         autoencoder: Autoencoder,
-        params: tuple[Any, Any],
         *,
+        text_params: Callable[[], Any],
+        image_params: Callable[[], Any],
         mesh: jax.sharding.Mesh,
         batch_size: int,
         patch_size: int,
@@ -46,36 +52,45 @@ class Encoder:
     ):
         self._sharding = sharding.named(mesh, ("act_batch",))
         self._batch_size = batch_size
-        self._text_params, self._image_params = params
+        self._text_params, self._image_params = text_params, image_params
         self._key = jax.random.key(seed)
-        self._encode_text = jax.jit(text_encoder.encode, out_shardings=self._sharding)
-        self._encode_images = jax.jit(
-            functools.partial(
-                encode_images,
-                autoencoder,
-                patch_size=patch_size,
-                num_slots=num_slots,
-                pooled=pooled,
-            ),
-            out_shardings=self._sharding,
+        cut = functools.partial(
+            cut_latents, patch_size=patch_size, num_slots=num_slots, pooled=pooled
         )
+
+        def encode_images(params, images, key, index):
+            return cut(autoencoder.encode(params, images, jax.random.fold_in(key, index)))
+
+        jit = functools.partial(jax.jit, out_shardings=self._sharding)
+        self._encode_text = jit(text_encoder.encode)
+        self._widen_text = jit(lambda cap_feats: cap_feats.astype(jnp.float32))
+        self._encode_images = jit(encode_images)
+        self._cut_latents = jit(cut)
 
     def __call__(self, host_batch: dict, index: int) -> Batch:
-        images, ids, mask = (
-            jax.make_array_from_process_local_data(
-                self._sharding, host_batch[name], (self._batch_size, *host_batch[name].shape[1:])
-            )
-            for name in ("images", "token_ids", "token_mask")
+        mask = self._put(host_batch["token_mask"])
+        if "cap_feats" in host_batch:
+            cap_feats = self._widen_text(self._put(host_batch["cap_feats"]))
+        else:
+            ids = self._put(host_batch["token_ids"])
+            cap_feats = self._encode_text(self._text_params(), ids, mask)
+        if "latents" in host_batch:
+            image, pooled = self._cut_latents(self._put(host_batch["latents"]))
+        else:
+            images = self._put(host_batch["images"])
+            image, pooled = self._encode_images(self._image_params(), images, self._key, index)
+        return Batch(image, pooled, cap_feats, mask)
+
+    def _put(self, rows):
+        """The global array of which these rows are this process's share."""
+        return jax.make_array_from_process_local_data(
+            self._sharding, rows, (self._batch_size, *rows.shape[1:])
         )
-        image, pooled = self._encode_images(self._image_params, images, self._key, index)
-        return Batch(image, pooled, self._encode_text(self._text_params, ids, mask), mask)
 
 
-def encode_images(
-    autoencoder: Autoencoder, params, images, key, index, *, patch_size, num_slots, pooled
-):
-    """Pictures to padded tokens, and the tokens of their pooled latents where asked for."""
-    latents = autoencoder.encode(params, images, jax.random.fold_in(key, index))
+def cut_latents(latents, *, patch_size, num_slots, pooled):
+    """Latents to padded tokens, and the tokens of their pooled latents where asked for."""
+    latents = latents.astype(jnp.float32)
     tokens = embed.patchify(latents, patch_size, num_slots)
     if not pooled:
         return tokens, None

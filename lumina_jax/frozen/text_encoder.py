@@ -15,7 +15,7 @@ program as constants and could be neither sharded nor shared:
 Axes: n captions, B batch, S = max_tokens caption slots, F = feature_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from lumina_jax.errors import InputError
+from lumina_jax.frozen.gemma2 import Gemma2TextEncoder
 from lumina_jax.frozen.use import UniversalSentenceEncoder
 
 
@@ -64,13 +65,28 @@ class TextEncoder(Protocol):
         ...
 
 
-_ENCODERS: dict[str, Callable[..., TextEncoder]] = {"use": UniversalSentenceEncoder}
+KINDS = ("gemma2", "use")
 
 
-def make_text_encoder(kind: str, *, max_tokens: int) -> TextEncoder:
-    """The encoder that a config names."""
-    if kind not in _ENCODERS:
-        raise InputError(
-            f"No text encoder is called {kind!r}; choose one of: {', '.join(sorted(_ENCODERS))}."
-        )
-    return _ENCODERS[kind](max_tokens=max_tokens)
+def make_text_encoder(
+    kind: str, *, path: str = "", max_tokens: int, dtype: str = "bfloat16", soft_cap: bool = True
+) -> TextEncoder:
+    """The encoder that a config names.
+
+    Args:
+      kind: One of KINDS.
+      path: Of gemma2: where its files are.
+      max_tokens: See `TextEncoder`.
+      dtype: Of gemma2: "bfloat16" or "float32". The other one is small, and float32 always.
+      soft_cap: Of gemma2: whether attention bounds its logits.
+    """
+    if kind == "gemma2":
+        return Gemma2TextEncoder(path, max_tokens=max_tokens, dtype=dtype, soft_cap=soft_cap)
+    if kind == "use":
+        if path:
+            raise InputError(
+                f"text_encoder.path={path!r} is given, but the text encoder 'use' comes with its "
+                f"weights. Leave the path empty, or set text_encoder.kind to gemma2."
+            )
+        return UniversalSentenceEncoder(max_tokens=max_tokens)
+    raise InputError(f"No text encoder is called {kind!r}; choose one of: {', '.join(KINDS)}.")

@@ -15,13 +15,16 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from lumina_jax import checkpoint, sharding
+from lumina_jax import checkpoint, sharding, system_prompts
 from lumina_jax.errors import InputError
-from lumina_jax.frozen.autoencoder import Autoencoder, make_autoencoder
+from lumina_jax.frozen.autoencoder import VAE, Autoencoder, make_autoencoder
+from lumina_jax.frozen.gemma2 import Gemma2TextEncoder
 from lumina_jax.frozen.text_encoder import TextEncoder, make_text_encoder
 from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, make_forward
 from lumina_jax.sampling import sampler
 from lumina_jax.sampling.sampler import SamplerConfig
+from lumina_jax.weights import diffusers
+from lumina_jax.weights.next_dit import open_transformer
 
 OUTPUTS = ("pil", "uint8", "float")
 
@@ -33,6 +36,7 @@ class Pipeline:
       params: Of the model, placed on `mesh`; may be replaced by others of the same shapes.
       defaults: Sampling settings that a call does not name.
       size: (height, width) of a picture, in pixels, when a call does not name it.
+      system_prompt: Name of the text in front of a prompt, see lumina_jax.system_prompts.
     """
 
     def __init__(
@@ -44,11 +48,13 @@ class Pipeline:
         autoencoder: Autoencoder,
         defaults: SamplerConfig,
         size: tuple[int, int],
+        system_prompt: str,
         mesh: jax.sharding.Mesh,
     ):
         self.params = params
         self.defaults = defaults
         self.size = size
+        self.system_prompt = system_prompt
         self.mesh = mesh
         self._model = model
         self._text_encoder = text_encoder
@@ -85,15 +91,70 @@ class Pipeline:
         meta = checkpoint.load_meta(found)
         model = NextDiTConfig(**meta["model"])
         shardings = sharding.tree_shardings(abstract_params(model), mesh)
-        defaults, size = sampling_defaults(meta["config"]["sampling"])
         return cls(
             model,
             checkpoint.load_params(found, abstract_params(model), shardings, weights=weights),
-            text_encoder=make_text_encoder(**meta["config"]["text_encoder"]),
-            autoencoder=make_autoencoder(**meta["config"]["autoencoder"]),
-            defaults=defaults,
-            size=size,
+            **from_sections(meta["config"]),
             mesh=mesh,
+        )
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        path: str,
+        *,
+        dtype: str = "bfloat16",
+        soft_cap: bool = True,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> "Pipeline":
+        """The pipeline that diffusers keeps in a folder, such as the released Lumina-Image 2.0.
+
+        Args:
+          path: Of the folder, or its name on the Hugging Face hub.
+          dtype: Of parameters and computation, "bfloat16" or "float32".
+          soft_cap: Of the attention of Gemma-2: transformers has it, older versions with SDPA had
+            not.
+          mesh: Where to put the model; one device by default.
+
+        A call without settings draws as diffusers does: its guidance, grid and 30 steps.
+        """
+        mesh = mesh or sharding.make_mesh(replica=1, data=1, model=1, devices=jax.devices()[:1])
+        folder = diffusers.open_folder(path)
+        with open_transformer(folder) as source:
+            model = dataclasses.replace(source.cfg, dtype=dtype)
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(model)
+            )
+            params = source.load(abstract, sharding.tree_shardings(abstract, mesh))
+        sections = released_sections(str(folder), dtype=dtype, soft_cap=soft_cap)
+        sections["sampling"] |= diffusers.sampling_section(folder)
+        return cls(model, params, **from_sections(sections), mesh=mesh)
+
+    def save_diffusers(self, path: str, *, dtype: str | None = None) -> None:
+        """Writes a folder that `diffusers.Lumina2Pipeline.from_pretrained` reads.
+
+        Text encoder, tokenizer and VAE are copied from where they were read, byte by byte.
+
+        Args:
+          path: To be made; a folder that has files already is refused.
+          dtype: Of the transformer, "float32" or "bfloat16"; that of the parameters by default.
+        """
+        text_encoder, autoencoder = self._text_encoder, self._autoencoder
+        if not isinstance(text_encoder, Gemma2TextEncoder) or not isinstance(autoencoder, VAE):
+            raise InputError(
+                "A diffusers pipeline has Gemma-2 and a VAE beside the model, and this one "
+                f"has {type(text_encoder).__name__} and {type(autoencoder).__name__}. The model "
+                "alone can be written with tools/convert_checkpoint.py --format=diffusers."
+            )
+        diffusers.save_folder(
+            path,
+            self.params,
+            self._model,
+            dtype=dtype,
+            text_encoder=text_encoder.folders.text_encoder,
+            tokenizer=text_encoder.folders.tokenizer,
+            vae=autoencoder.folder,
+            time_shift=self.defaults.time_shift,
         )
 
     def __call__(
@@ -110,6 +171,7 @@ class Pipeline:
         semantics: str | None = None,
         solver: str | None = None,
         time_shift: float | None = None,
+        system_prompt: str | None = None,
         seed: int | Sequence[int] = 0,
         latents: np.ndarray | jax.Array | None = None,
         output: str = "pil",
@@ -128,6 +190,8 @@ class Pipeline:
           semantics: "official" or "diffusers".
           solver: A name in lumina_jax.sampling.solvers.
           time_shift: 1 spends the steps evenly, more spends them near noise.
+          system_prompt: A name in lumina_jax.system_prompts, put before each prompt; and before
+            each negative prompt that is not empty, with official semantics.
           seed: Of the first prompt's noise, one more for each prompt after it; or one for each. A
             picture depends on its own seed and prompt, not on its neighbours.
           latents: Noise to begin from instead, [len(prompts), h, w, C].
@@ -153,6 +217,9 @@ class Pipeline:
         width = self.size[1] if width is None else width
         self.check_size(height, width)
         negatives = _one_for_each(negative_prompt or "", prompts, "negative_prompt")
+        prompts, negatives = self._with_system_prompt(
+            prompts, negatives, system_prompt or self.system_prompt, config.semantics
+        )
         if latents is None:
             latents = self._noise(_seeds(seed, prompts), height, width)
         else:
@@ -161,24 +228,31 @@ class Pipeline:
         # The mesh splits a batch evenly; the last prompt fills it up and is cut off again.
         num, shards = len(prompts), sharding.batch_shards(self.mesh)
         fill = -num % shards
-        tokens = [self._tokenize(texts + texts[-1:] * fill) for texts in (prompts, negatives)]
+        filled = (texts + texts[-1:] * fill for texts in (prompts, negatives))
+        tokens = self._tokenize([text for texts in filled for text in texts])
         latents = jnp.concatenate([latents, jnp.repeat(latents[-1:], fill, axis=0)])
         inputs = jax.device_put((latents, *tokens), sharding.named(self.mesh, ("act_batch",)))
         with jax.set_mesh(self.mesh):
             images = self._draw(
-                self.params, *self.frozen, *inputs, config.numbers(), program=config.program()
-            )
+                self.params, self.text_params, self.autoencoder_params, *inputs, config.numbers(),
+                program=config.program(),
+            )  # fmt: skip
         images = np.asarray(images.addressable_data(0))[:num]
         if output == "float":
             return images
         images = np.round(images * 255).astype(np.uint8)
         return images if output == "uint8" else [Image.fromarray(image) for image in images]
 
+    # Both are arguments of the program: a closed-over array would be copied into each one.
     @functools.cached_property
-    def frozen(self) -> tuple[Any, Any]:
-        """Parameters of the text encoder and of the autoencoder on the mesh, read at first use."""
-        # Arguments of the program: a closed-over array would be copied into each one.
-        return self._text_encoder.load_params(self.mesh), self._autoencoder.load_params(self.mesh)
+    def text_params(self) -> Any:
+        """Of the text encoder on the mesh, read when first needed."""
+        return self._text_encoder.load_params(self.mesh)
+
+    @functools.cached_property
+    def autoencoder_params(self) -> Any:
+        """Of the autoencoder, likewise."""
+        return self._autoencoder.load_params(self.mesh)
 
     @property
     def pixels_per_token(self) -> int:
@@ -213,6 +287,12 @@ class Pipeline:
             )
         return jnp.asarray(latents, jnp.float32)
 
+    def _with_system_prompt(self, prompts, negatives, name, semantics):
+        prompts = [system_prompts.prefixed(prompt, name) for prompt in prompts]
+        if semantics == "official":  # diffusers leaves negative prompts as they are
+            negatives = [system_prompts.prefixed(text, name) if text else "" for text in negatives]
+        return prompts, negatives
+
     def _tokenize(self, texts):
         before = self._text_encoder.num_truncated
         tokens = self._text_encoder.tokenize(texts)
@@ -224,22 +304,45 @@ class Pipeline:
         return tokens
 
 
-def sampling_defaults(section: Mapping[str, Any]) -> tuple[SamplerConfig, tuple[int, int]]:
-    """Settings and (height, width) from `config.sampling`."""
-    settings = dict(section)
-    size = settings.pop("height"), settings.pop("width")
-    return SamplerConfig(**settings), size
+def from_sections(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline needs besides the model, from the sections of a run's config."""
+    sampling = dict(config["sampling"])
+    return {
+        "text_encoder": make_text_encoder(**config["text_encoder"]),
+        "autoencoder": make_autoencoder(**config["autoencoder"]),
+        "size": (sampling.pop("height"), sampling.pop("width")),
+        "system_prompt": sampling.pop("system_prompt"),
+        "defaults": SamplerConfig(**sampling),
+    }
+
+
+def released_sections(
+    path: str, *, dtype: str = "bfloat16", soft_cap: bool = True
+) -> dict[str, dict[str, Any]]:
+    """The sections of a config for the released model, whose other parts lie at `path`."""
+    return {
+        "text_encoder": {
+            "kind": "gemma2", "path": path, "max_tokens": 256, "dtype": dtype, "soft_cap": soft_cap,
+        },
+        "autoencoder": {"kind": "vae", "path": path, "dtype": dtype, "sample": False},
+        "sampling": {
+            "height": 1024, "width": 1024, "num_steps": 30, "guidance_scale": 4.0,
+            "guidance_truncation": 1.0, "guidance_renorm": 1.0, "semantics": "diffusers",
+            "solver": "euler", "time_shift": 6.0, "system_prompt": "real",
+        },
+    }  # fmt: skip
 
 
 def _draw(
     forward, text_encoder, autoencoder, patch_size,
-    params, text_params, autoencoder_params, latents, tokens, negative_tokens, numbers, *, program,
+    params, text_params, autoencoder_params, latents, token_ids, token_mask, numbers, *, program,
 ):  # fmt: skip
-    """The one program: captions, loop, decoder. Images in [0, 1]."""
-    caption, negative = (
-        (text_encoder.encode(text_params, ids, mask), mask)
-        for ids, mask in (tokens, negative_tokens)
-    )
+    """The one program: captions, loop, decoder. Images in [0, 1].
+
+    The tokens are those of the prompts, then those of the negative prompts.
+    """
+    cap_feats = text_encoder.encode(text_params, token_ids, token_mask)
+    caption, negative = zip(jnp.split(cap_feats, 2), jnp.split(token_mask, 2), strict=True)
     latents = sampler.sample(
         forward, params, latents, caption, negative, numbers, patch_size=patch_size, program=program
     )

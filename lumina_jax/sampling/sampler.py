@@ -1,13 +1,13 @@
 """The denoising loop, whole, for one jit: from noise to latents.
 
-The times are fixed before tracing, so where guidance ends (`guidance_truncation`) is known too: the
-loop is two loops, and the second one really costs half.
+The times of all evaluations are known before tracing, so after which of them guidance ends
+(`guidance_truncation`) is known too: the loop is two loops, and the second one really costs half.
 
-Axes: B batch, h w latent height and width, C latent channels, S caption slots, F text features.
+Axes: B batch, h w latent height and width, C latent channels, S caption slots, F text features,
+E evaluations, K arrays in the solver's memory.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from lumina_jax.errors import InputError
 from lumina_jax.models.embed import patchify, unpatchify
 from lumina_jax.sampling.guidance import guide
-from lumina_jax.sampling.solvers import SOLVERS
+from lumina_jax.sampling.solvers import SOLVERS, evaluations, integrate
 
 SEMANTICS = ("official", "diffusers")
 
@@ -31,8 +31,8 @@ class SamplerConfig:
     `semantics` says whose are meant:
 
     - num_steps: points of the time grid, one more than intervals (official); intervals (diffusers).
-    - guidance_truncation: guidance while t < truncation (official); during that fraction of the
-      intervals (diffusers). 1 guides to the end in both.
+    - guidance_truncation: guidance in evaluations at t < truncation (official); during that
+      fraction of the intervals (diffusers). 1 guides to the end in both.
     - guidance_renorm: clip the picture's norm at this many times the conditional one (official);
       0 is off, anything else matches row by row (diffusers).
     """
@@ -80,17 +80,22 @@ class SamplerConfig:
         return tau / (tau + self.time_shift * (1 - tau))
 
     def num_guided(self) -> int:
-        """In how many intervals, from the first, both velocities are computed."""
+        """In how many evaluations, from the first, both velocities are computed."""
         if self.guidance_scale == 1:
             return 0
+        # In float32, as the network sees them, a time that falls on the truncation equals it.
+        times, _ = evaluations(self.solver, self.times())
         if self.semantics == "official":
-            return int(np.sum(self.times()[:-1] < self.guidance_truncation))
-        return min(self.num_intervals, math.floor(self.guidance_truncation * self.num_intervals))
+            return int(np.sum(times < self.guidance_truncation))
+        done = np.arange(1, self.num_intervals + 1) / self.num_intervals
+        return int(np.sum(done <= self.guidance_truncation)) * len(times) // self.num_intervals
 
     def numbers(self) -> "Numbers":
         """What may change without compiling again."""
+        times, weights = evaluations(self.solver, self.times())
         return Numbers(
-            times=self.times().astype(np.float32),
+            times=times,
+            weights=weights,
             guidance_scale=np.float32(self.guidance_scale),
             guidance_renorm=np.float32(self.guidance_renorm),
         )
@@ -101,14 +106,14 @@ class SamplerConfig:
             num_guided=self.num_guided(),
             renorm=self.guidance_renorm > 0,
             semantics=self.semantics,
-            solver=self.solver,
         )
 
 
 class Numbers(NamedTuple):
     """The settings of a sampler that are arrays under jit."""
 
-    times: Float[Array, " points"]
+    times: Float[Array, " E"]
+    weights: Float[Array, "E K K+1"]
     guidance_scale: Float[Array, ""]
     guidance_renorm: Float[Array, ""]
 
@@ -119,7 +124,6 @@ class Program(NamedTuple):
     num_guided: int
     renorm: bool
     semantics: str
-    solver: str
 
 
 def sample(
@@ -141,7 +145,7 @@ def sample(
       latents: Noise of unit variance, float32.
       caption: Features and mask of the prompts.
       negative: Features and mask of what guidance leads away from.
-      numbers: Times and strengths.
+      numbers: The solver's evaluations, and strengths.
       patch_size: Of the model.
       program: Static.
     """
@@ -167,6 +171,8 @@ def sample(
         )
 
     doubled = tuple(jnp.concatenate(pair) for pair in zip(caption, negative, strict=True))
-    solve, split = SOLVERS[program.solver], program.num_guided
-    latents = solve(guided, latents, numbers.times[: split + 1])
-    return solve(conditional, latents, numbers.times[split:])
+    times, weights, split = numbers.times, numbers.weights, program.num_guided
+    memory = (latents,) * weights.shape[1]
+    memory = integrate(guided, memory, times[:split], weights[:split])
+    memory = integrate(conditional, memory, times[split:], weights[split:])
+    return memory[0]

@@ -104,11 +104,10 @@ def open_transformer(path: str | os.PathLike, **known: Any) -> Iterator["Source"
         format = detect_format(weights.shapes)
         config = path / "config.json"
         if config.exists():
-            yield Source(
-                weights, format, from_diffusers_config(json.loads(config.read_text()), **known)
-            )
+            cfg = from_diffusers_config(json.loads(config.read_text()))
         else:
-            yield Source(weights, format, sizes_of(weights, format, **known))
+            cfg = sizes_of(weights, format, **known)
+        yield Source(weights, format, cfg)
 
 
 class Source(NamedTuple):

@@ -6,6 +6,7 @@ import pytest
 
 from lumina_jax.data.captions import Caption, CaptionPolicy
 from lumina_jax.errors import InputError
+from lumina_jax.system_prompts import SYSTEM_PROMPTS
 
 CAPTIONS = (
     Caption("a long text", "long", "en"),
@@ -18,7 +19,9 @@ CAPTIONS = (
 
 def count(policy: CaptionPolicy, captions=CAPTIONS, draws: int = 4000) -> collections.Counter:
     rng = np.random.default_rng(0)
-    return collections.Counter(policy.choose(captions, rng) for _ in range(draws))
+    return collections.Counter(
+        policy.text(captions, policy.choose(captions, rng)) for _ in range(draws)
+    )
 
 
 def test_kinds_are_drawn_by_weight_and_captions_of_a_kind_evenly():
@@ -46,7 +49,21 @@ def test_dropout_replaces_the_whole_text():
     assert "" not in count(CaptionPolicy(dropout=0.0))
 
 
-def test_the_same_generator_state_chooses_the_same_text():
+def test_the_system_prompt_precedes_every_caption_but_not_the_empty_text():
+    texts = set(count(CaptionPolicy(kinds={"tags": 1.0}, dropout=0.5, system_prompt="base")))
+    assert texts == {"", SYSTEM_PROMPTS["base"] + "tags"}
+
+
+def test_the_choice_does_not_depend_on_the_system_prompt():
+    choices = [
+        [CaptionPolicy(system_prompt=name).choose(CAPTIONS, np.random.default_rng(seed))
+         for seed in range(50)]
+        for name in ("empty", "real")
+    ]  # fmt: skip
+    assert choices[0] == choices[1]
+
+
+def test_the_same_generator_state_makes_the_same_choice():
     policy = CaptionPolicy()
     first = [policy.choose(CAPTIONS, np.random.default_rng(seed)) for seed in range(50)]
     second = [policy.choose(CAPTIONS, np.random.default_rng(seed)) for seed in range(50)]
@@ -69,6 +86,7 @@ def test_a_picture_without_an_allowed_caption_is_refused_with_what_it_has():
         ({"kinds": {"long": math.nan}}, "must be zero or more"),
         ({"kinds": {}}, "one must be above zero"),
         ({"languages": "en"}, r"is one string; give a tuple of codes"),
+        ({"system_prompt": "bas"}, "No system prompt is called 'bas'"),
         ({"dropout": 1.5}, "dropout 1.5 is not a probability; give 0 to 1"),
     ],
 )

@@ -8,12 +8,14 @@ import threading
 
 import numpy as np
 import pytest
+from tensorflow_datasets.core.data_sources import array_record
 
 from lumina_jax.data import openmoji, records
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import Caption, CaptionPolicy
 from lumina_jax.data.loader import Loader
 from lumina_jax.errors import InputError
+from lumina_jax.system_prompts import prefixed
 
 SQUARE = (Bucket(32, 32),)
 
@@ -65,15 +67,13 @@ def test_the_global_batch_is_the_same_on_any_number_of_processes(load, process_c
 
 def test_a_process_reads_only_its_own_rows(load, monkeypatch):
     read = []
-    original = records.tfds.core.data_sources.array_record.ArrayRecordDataSource.__getitem__
+    original = array_record.ArrayRecordDataSource.__getitem__
 
     def count(self, key):
         read.append(key)
         return original(self, key)
 
-    monkeypatch.setattr(
-        records.tfds.core.data_sources.array_record.ArrayRecordDataSource, "__getitem__", count
-    )
+    monkeypatch.setattr(array_record.ArrayRecordDataSource, "__getitem__", count)
     load(process_index=1, process_count=4).batch_at(3)
     assert len(read) == 2
 
@@ -151,6 +151,28 @@ def test_captions_are_drawn_anew_each_time_a_record_is_seen(load):
         for record_id, caption in zip(batch["ids"], batch["captions"], strict=True):
             texts.setdefault(record_id, set()).add(caption)
     assert min(map(len, texts.values())) > 3
+
+
+def test_every_caption_has_the_system_prompt_and_a_dropped_one_has_none(load):
+    plain, prompted = (
+        load(policy=CaptionPolicy(dropout=0.5, system_prompt=name)) for name in ("empty", "real")
+    )
+    for step in range(4):
+        without, found = plain.batch_at(step), prompted.batch_at(step)
+        expected = [text and prefixed(text, "real") for text in without["captions"]]
+        assert found["captions"] == expected
+        np.testing.assert_array_equal(found["ids"], without["ids"])
+
+
+def test_cached_features_that_are_not_there_are_refused_with_how_to_make_them(load):
+    with pytest.raises(
+        InputError,
+        match=r"no cached cap_feats; it has none. Make .* tools/cache_features.py --features=cap",
+    ):
+        load(features=("cap_feats",))
+    for wrong in ("latents", ("images",)):
+        with pytest.raises(InputError, match="are not a tuple of latents and cap_feats"):
+            load(features=wrong)
 
 
 def test_buckets_come_in_proportion_to_their_records(load):

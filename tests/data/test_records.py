@@ -1,7 +1,9 @@
+import dataclasses
 import io
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -171,9 +173,42 @@ def test_a_damaged_manifest_is_refused(small, tmp_path):
     path.write_text(json.dumps({k: v for k, v in content.items() if k != "splits"}))
     with pytest.raises(InputError, match=r"is damaged \(KeyError\('splits'\)\)"):
         records.Manifest.load(small)
+    path.write_text(json.dumps(content | {"cache": {"latents": {"fingerprint": "pixels"}}}))
+    with pytest.raises(InputError, match=r"is damaged \(TypeError\('LatentsCache"):
+        records.Manifest.load(small)
     path.write_text(json.dumps(content | {"format": 99}))
     with pytest.raises(InputError, match=r"has format 99, .* reads format 1"):
         records.Manifest.load(small)
+
+
+def test_a_manifest_from_before_there_were_caches_can_be_read(small):
+    path, manifest = small / "manifest.json", records.Manifest.load(small)
+    content = json.loads(path.read_text())
+    assert content.pop("cache") == {}
+    path.write_text(json.dumps(content))
+    assert records.Manifest.load(small) == manifest
+
+
+def test_a_manifest_with_caches_survives_saving_and_loading(small, tmp_path):
+    empty = np.arange(6, dtype=jnp.bfloat16).reshape(2, 3)
+    cap_feats = records.CapFeatsCache.with_empty(
+        empty,
+        fingerprint="use",
+        system_prompt="base",
+        max_tokens=8,
+        feature_dim=3,
+        num_truncated=1,
+    )
+    cache = {"latents": records.LatentsCache("vae", 8, 16), "cap_feats": cap_feats}
+    manifest = dataclasses.replace(records.Manifest.load(small), cache=cache)
+    manifest.save(tmp_path)
+    found = records.Manifest.load(tmp_path)
+    assert found == manifest
+    np.testing.assert_array_equal(found.cache["cap_feats"].decode(None), empty)
+    np.testing.assert_array_equal(found.cache["cap_feats"].decode(empty[:1].tobytes()), empty[:1])
+    latents = np.ones((2, 4, 16), jnp.bfloat16)  # of a picture 32 wide and 16 high
+    decoded = found.cache["latents"].decode(latents.tobytes(), Bucket(32, 16))
+    np.testing.assert_array_equal(decoded, latents)
 
 
 def test_a_dataset_can_be_moved(dataset, tmp_path):

@@ -61,6 +61,7 @@ def make_pipeline(**mesh):
         autoencoder=Pixels(),
         defaults=DEFAULTS,
         size=(16, 16),
+        system_prompt="empty",
         mesh=mesh,
     )
 

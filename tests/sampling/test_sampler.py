@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 from lumina_jax.errors import InputError
 from lumina_jax.models.embed import patchify
 from lumina_jax.sampling import guidance, sampler
 from lumina_jax.sampling.sampler import SamplerConfig
-from lumina_jax.sampling.solvers import euler
+from lumina_jax.sampling.solvers import SOLVERS, evaluations, integrate
 
 
 def make_config(**changes):
@@ -22,23 +23,60 @@ def make_config(**changes):
     return SamplerConfig(**{**defaults, **changes})
 
 
-def test_euler_is_exact_on_the_straight_path():
+def solve(solver, velocity, start, times):
+    """The end of the path in one part, with one velocity throughout."""
+    when, weights = evaluations(solver, np.asarray(times))
+    memory = (start,) * weights.shape[1]
+    return jax.jit(functools.partial(integrate, velocity))(memory, when, weights)[0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solver_is_exact_on_the_straight_path(solver):
     """Oracle 7: with the true velocity any number of intervals returns the data."""
     data, noise = jax.random.normal(jax.random.key(0), (2, 2, 4, 4, 3))
     for intervals in (1, 7):
-        times = jnp.asarray(make_config(num_steps=intervals + 1).times(), jnp.float32)
-        found = euler(lambda x, t: data - noise, noise, times)
+        times = make_config(num_steps=intervals + 1).times()
+        found = solve(solver, lambda x, t: data - noise, noise, times)
         np.testing.assert_allclose(found, data, atol=2e-6)
 
 
-def test_euler_converges_at_first_order():
-    """On dx/dt = x the end is e times the start; halving the intervals halves the error."""
-    start = jnp.ones((1, 1, 1, 1))
-    errors = [
-        abs(float(euler(lambda x, t: x, start, jnp.linspace(0, 1, n + 1))[0, 0, 0, 0]) - np.e)
-        for n in (50, 100)
-    ]
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.03)
+def test_midpoint_is_exact_where_the_velocity_is_linear_in_time():
+    """The integral of a + 2 b t over [0, 1] is a + b; Euler, looking back, stays below it."""
+    a, b, start = jax.random.uniform(jax.random.key(1), (3, 2, 4, 4, 3), minval=0.5)
+    for intervals in (1, 7):
+        times = make_config(num_steps=intervals + 1).times()
+        found = solve("midpoint", lambda x, t: a + 2 * b * t, start, times)
+        np.testing.assert_allclose(found, start + a + b, rtol=1e-6)
+        assert (solve("euler", lambda x, t: a + 2 * b * t, start, times) < found - 0.05).all()
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2)])
+def test_halving_the_intervals_divides_the_error_by_two_to_the_order(solver, order):
+    """On dx/dt = (1 + t) x the end is exp(3 / 2) times the start."""
+    field, start = lambda x, t: (1 + t) * x, jnp.ones((1, 1, 1, 1))
+    ends = [solve(solver, field, start, np.linspace(0, 1, n + 1)).item() for n in (40, 80)]
+    errors = np.exp(1.5) - np.array(ends)
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.05)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_loop_cut_between_any_two_evaluations_ends_at_the_same_place(solver):
+    field = lambda x, t: x * jnp.cos(4 * t)  # noqa: E731
+    start, grid = jax.random.normal(jax.random.key(0), (1, 2, 2, 3)), np.linspace(0, 1, 4)
+    whole = solve(solver, field, start, grid)
+    times, weights = map(jnp.asarray, evaluations(solver, grid))
+    for cut in range(len(times) + 1):
+        memory = (start,) * weights.shape[1]
+        memory = integrate(field, memory, times[:cut], weights[:cut])
+        memory = integrate(field, memory, times[cut:], weights[cut:])
+        np.testing.assert_allclose(memory[0], whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_times_of_a_solver_never_fall(solver):
+    """Where guidance ends is counted from the first evaluation."""
+    times, _ = evaluations(solver, make_config().times())
+    assert (np.diff(times) >= 0).all()
 
 
 def test_time_grid_equals_the_published_values():
@@ -57,40 +95,54 @@ def test_both_semantics_walk_the_same_grid():
     np.testing.assert_array_equal(theirs, make_config().times())
 
 
+DEMO = {"solver": "midpoint", "num_steps": 18}
+DIFFUSERS = {"semantics": "diffusers", "num_steps": 50}
+
+
 @pytest.mark.parametrize(
-    ("changes", "guided"),
+    ("changes", "guided", "evaluated"),
     [
-        ({}, 34),  # official, 50 intervals
-        ({"guidance_truncation": 1.0}, 50),
-        ({"guidance_truncation": 0.0}, 0),
-        ({"guidance_scale": 1.0}, 0),
-        ({"semantics": "diffusers", "num_steps": 50}, 12),
-        ({"semantics": "diffusers", "num_steps": 50, "guidance_truncation": 1.0}, 50),
+        ({}, 34, 50),
+        ({"guidance_truncation": 1.0}, 50, 50),
+        ({"guidance_truncation": 0.0}, 0, 50),
+        ({"guidance_scale": 1.0}, 0, 50),
+        (DEMO, 23, 34),  # the twelfth interval is guided at its start only
+        ({**DEMO, "guidance_truncation": 1.0}, 34, 34),
+        (DIFFUSERS, 12, 50),
+        ({**DIFFUSERS, "guidance_truncation": 1.0}, 50, 50),
+        ({**DIFFUSERS, "solver": "midpoint"}, 24, 100),  # whole intervals
     ],
 )
-def test_intervals_with_guidance(changes, guided):
-    """Oracle 9."""
-    assert make_config(**changes).num_guided() == guided
-
-
-def test_truncation_saves_forward_passes_in_the_compiled_program():
-    """34 intervals of two forwards and 16 of one: 84 pictures through the model, not 100."""
-    seen = []
+def test_truncation_saves_forward_passes(changes, guided, evaluated):
+    """Oracle 9, counted where the network runs: a guided evaluation takes two pictures."""
+    sizes = []
 
     def forward(params, image, t, cap_feats, cap_mask):
-        jax.debug.callback(lambda x: seen.append(len(x)), image.tokens)
+        io_callback(lambda x: sizes.append(len(x)), None, image.tokens)
         return params * image.tokens
 
     latents = jnp.ones((1, 4, 4, 2))
     caption = (jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool))
-    config = make_config()
-    run = jax.jit(sampler.sample, static_argnums=0, static_argnames=("patch_size", "program"))
-    run(
-        forward, 0.1, latents, caption, caption, config.numbers(),
-        patch_size=2, program=config.program(),
-    )  # fmt: skip
+    config = make_config(**changes)
+    run = jax.jit(
+        functools.partial(sampler.sample, forward, patch_size=2, program=config.program())
+    )
+    run(0.1, latents, caption, caption, config.numbers())
     jax.effects_barrier()
-    assert sum(seen) == 84
+    assert (sizes.count(2), len(sizes)) == (guided, evaluated)
+    assert config.num_guided() == guided
+
+
+def test_guidance_ends_before_the_evaluation_at_the_truncation():
+    """Two thirds of the way the shifted time is 0.25 exactly, and 0.25 < 0.25 is false."""
+    assert make_config(num_steps=31).times()[20] == pytest.approx(0.25, abs=1e-15)
+    assert make_config(num_steps=31).num_guided() == 20
+
+
+def test_diffusers_guides_the_interval_that_reaches_the_fraction():
+    """Theirs asks (i + 1) / n > fraction; 0.29 * 100 would be rounded down to 28."""
+    config = make_config(semantics="diffusers", num_steps=100, guidance_truncation=0.29)
+    assert config.num_guided() == 29
 
 
 def draw(config, params=0.3):
@@ -174,7 +226,7 @@ def test_renorm_of_a_zero_velocity_is_zero(semantics):
         ({"num_steps": 1}, "num_steps=1 leaves no interval.*at least 2 with official"),
         ({"num_steps": 0, "semantics": "diffusers"}, "at least 1 with diffusers"),
         ({"semantics": "comfy"}, "'comfy' is not one of official, diffusers"),
-        ({"solver": "heun"}, "solver='heun' is not one of euler"),
+        ({"solver": "heun"}, "solver='heun' is not one of euler, midpoint"),
         ({"time_shift": 0.0}, "time_shift=0.0 must be positive"),
         ({"guidance_scale": 0.5}, "guidance_scale=0.5 must be at least 1"),
         ({"guidance_truncation": -1.0}, "must not be negative"),
