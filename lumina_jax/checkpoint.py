@@ -164,9 +164,7 @@ def load_meta(directory: epath.Path) -> dict:
 
 def dtype_of(directory: epath.Path, weights: str) -> str:
     """The type in which a checkpoint keeps one set of weights."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = _tree(reader, directory, weights)
-    return str(jax.tree.leaves(tree)[0].dtype)
+    return str(jax.tree.leaves(_tree(directory, weights))[0].dtype)
 
 
 def load_params(
@@ -177,8 +175,8 @@ def load_params(
         raise InputError(f"weights={weights!r} is not one of ema, params.")
     target = {weights: _target(abstract_params, shardings)}
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    _tree(directory, weights)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        _tree(reader, directory, weights)
         restored = reader.restore(
             directory / "state",
             args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
@@ -186,9 +184,9 @@ def load_params(
     return restored[weights]
 
 
-def _tree(reader, directory, weights):
+def _tree(directory, weights):
     """Shapes and types of one set of weights on disk."""
-    there = reader.metadata(directory / "state").item_metadata.tree
+    there = ocp.PyTreeCheckpointHandler().metadata(directory / "state").tree
     if weights not in there:
         raise InputError(
             f"{directory} has no weights {weights!r}, only {', '.join(there)}; ask for those."

@@ -32,14 +32,12 @@ from lumina_jax import checkpoint, cli, distributed, files, loop, metrics, optim
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.loader import Loader, read_pictures
 from lumina_jax.errors import InputError
-from lumina_jax.frozen.autoencoder import CONFIG_FILE, WEIGHTS_FILE, signed
+from lumina_jax.frozen.autoencoder import signed
 from lumina_jax.models import vae
 from lumina_jax.models.vae import VAEConfig
 from lumina_jax.sampling.contact_sheet import contact_sheet
 from lumina_jax.train_step import TrainState, init_state
-from lumina_jax.weights import convert
-from lumina_jax.weights.files import write_file
-from lumina_jax.weights.vae import tensors
+from lumina_jax.weights import vae as names
 
 _COLUMNS = 8  # of a preview
 
@@ -54,6 +52,11 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, workdir: str):
         self.config, self.workdir = config, workdir
+        if "://" in workdir:
+            raise InputError(
+                f"--workdir={workdir} is not on a local disk, where the autoencoder is to be read "
+                f"from afterwards. Give a local folder."
+            )
         _check_numbers(config)
         changes = {key: value for key, value in config.vae.items() if value is not None}
         # Latents are scaled when it is known how large they are: at the end.
@@ -181,7 +184,7 @@ class Trainer:
             peak=metrics.peak_flops(jax.local_devices()[0]) * jax.device_count(),
         )
 
-    def measure(self, params: dict) -> dict[str, float]:
+    def measure(self, params: dict) -> dict[str, float | int]:
         """Mean and deviation of all latents of the data set, and how well it is reconstructed.
 
         The ratio of signal to noise is in dB, that of the mean error and that of the worst picture.
@@ -224,11 +227,10 @@ class Trainer:
             shift_factor=measured["latent_mean"],
         )
         if jax.process_index() == 0:
-            workdir, text = epath.Path(self.workdir), functools.partial(json.dumps, indent=2)
-            write_file(workdir / "vae" / WEIGHTS_FILE, convert.entries(state.ema, tensors(cfg)))
-            files.write(workdir / "vae" / CONFIG_FILE, text(cfg.to_json()))
-            measured = {"step": int(state.step), **measured}
-            files.write(workdir / "reconstruction.json", text(measured))
+            workdir = epath.Path(self.workdir)
+            names.save(workdir / "vae", cfg, state.ema)
+            text = json.dumps({"step": int(state.step), **measured}, indent=2)
+            files.write(workdir / "reconstruction.json", text)
         logging.info(
             "%d pictures are reconstructed at %.2f dB, the worst at %.2f dB. The autoencoder is in "
             "%s/vae: config.autoencoder.kind=vae, config.autoencoder.path=%s.",

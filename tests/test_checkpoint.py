@@ -115,6 +115,31 @@ def test_a_stage_starts_from_the_weights_of_another_run(saved, state):
         checkpoint.init_from(str(saved), abstract, shardings, weights="ema", model={"dim": 96})
 
 
+def test_weights_from_elsewhere_start_a_run_and_are_none(tmp_path, state):
+    mesh = sharding.make_mesh(replica=1, data=8, model=1)
+    abstract = abstract_params(MODEL)
+    shardings = sharding.tree_shardings(abstract, mesh)
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), state.ema)
+    meta = checkpoint.weights_meta(MODEL, {"sampling": {}})
+    assert not checkpoint.is_run(tmp_path)
+    checkpoint.save_weights(tmp_path, half, meta)
+    assert checkpoint.is_run(tmp_path)
+    found = checkpoint.find(tmp_path)
+    assert checkpoint.dtype_of(found, "ema") == "bfloat16"
+    wide = checkpoint.init_from(
+        tmp_path, abstract, shardings, weights="ema", model=checkpoint.load_meta(found)["model"]
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype("float32")), wide, half)
+    with pytest.raises(InputError, match="has no weights 'params', only ema"):
+        checkpoint.load_params(found, abstract, shardings, weights="params")
+    checkpointer = make_checkpointer(tmp_path)
+    with pytest.raises(InputError, match="weights alone, no run to go on with"):
+        checkpointer.restore(state, sharding.tree_shardings(state, mesh), META)
+    checkpointer.close()
+    with pytest.raises(InputError, match=r"has a checkpoint \(0\) already"):
+        checkpoint.save_weights(tmp_path, half, meta)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

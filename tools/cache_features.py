@@ -40,6 +40,7 @@ def main() -> None:
         system_prompt=config.data.system_prompt,
         mesh=sharding.make_mesh(**config.mesh),
         batch_size=_BATCH_SIZE.value,
+        sample=config.autoencoder.sample,
         overwrite=_OVERWRITE.value,
     )
     print(

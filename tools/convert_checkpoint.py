@@ -10,14 +10,14 @@
 Input: the workdir of a run, a diffusers pipeline or its transformer folder (also by its name on the
 Hugging Face hub), an official or ComfyUI file (.safetensors or .pth). What it is, is found out.
 Output: for diffusers a folder, for official and comfyui a .safetensors or .pth file, for lumina_jax
-a workdir, which `train.init_from` and `lumina_jax.sample` take. For a whole diffusers pipeline, text
-encoder and VAE included, use `Pipeline.save_diffusers`.
+a workdir, which `train.init_from` and `lumina_jax.sample` take. `Pipeline.save_diffusers` writes a
+whole diffusers pipeline, text encoder and VAE included.
 """
 
 import time
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from lumina_jax import checkpoint, cli, sharding
 from lumina_jax.errors import InputError
@@ -82,9 +82,8 @@ def main() -> None:
     mesh = sharding.make_mesh(replica=1, data=1, model=1, devices=jax.devices("cpu")[:1])
     cfg, params = read(mesh)
     write(cfg, params)
-    logging.info(
-        "%s (%s) written in %.0f s.", _OUTPUT.value, _FORMAT.value, time.perf_counter() - began
-    )
+    seconds = time.perf_counter() - began
+    print(f"{_OUTPUT.value} ({_FORMAT.value}) written in {seconds:.0f} s.")
 
 
 def _abstract(cfg, dtype):

@@ -18,10 +18,7 @@ from lumina_jax.errors import InputError
 from lumina_jax.models import vae
 from lumina_jax.weights import convert, files
 from lumina_jax.weights import vae as names
-
-# As diffusers calls them.
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+from lumina_jax.weights.vae import CONFIG_FILE, WEIGHTS_FILE
 
 
 @runtime_checkable

@@ -45,6 +45,7 @@ def cache_features(
     system_prompt: str,
     mesh: jax.sharding.Mesh,
     batch_size: int,
+    sample: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
     """Writes a copy of a data set with features in its records; returns the manifest.
@@ -60,10 +61,20 @@ def cache_features(
       system_prompt: Name of the text before each caption.
       mesh: Batches are split over it.
       batch_size: Pictures, or captions, encoded at a time.
+      sample: Whether the autoencoder draws its latents, which is refused.
       overwrite: Whether to replace another data set at `output`.
     """
     found = Manifest.load(source)
-    _check_request(found, source, output, features, autoencoder, mesh, batch_size)
+    _check_request(
+        found,
+        source,
+        output,
+        features,
+        autoencoder,
+        sample,
+        sharding.batch_shards(mesh),
+        batch_size,
+    )
     prefixed("", system_prompt)  # refuses a name that does not exist
     made_by = {}
     if "latents" in features:
@@ -149,7 +160,8 @@ def _check_request(
     output: epath.PathLike,
     features: Sequence[str],
     autoencoder: Autoencoder,
-    mesh: jax.sharding.Mesh,
+    sample: bool,
+    shards: int,
     batch_size: int,
 ) -> None:
     faults = []
@@ -157,7 +169,6 @@ def _check_request(
         faults.append(f"--features must name {' or '.join(CACHES)}, or both; got {features!r}")
     if epath.Path(source).resolve() == epath.Path(output).resolve():
         faults.append(f"--output={output} is the data set to read; name another directory")
-    shards = sharding.batch_shards(mesh)
     if batch_size < 1 or batch_size % shards:
         low = max(batch_size // shards, 1) * shards
         faults.append(
@@ -165,10 +176,10 @@ def _check_request(
             f"{low} and {low + shards}"
         )
     if "latents" in features:
-        if getattr(autoencoder, "sample", False):
+        if sample:
             faults.append(
-                "autoencoder.sample draws other latents each time, so they cannot be kept; set it "
-                "to False, or name only --features=cap_feats"
+                "autoencoder.sample=True draws other latents each time, so they cannot be kept; "
+                "set it to False, or name only --features=cap_feats"
             )
         unit = autoencoder.downscale
         odd = [s.bucket for s in manifest.splits if s.bucket.width % unit or s.bucket.height % unit]

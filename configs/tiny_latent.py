@@ -1,0 +1,16 @@
+"""As tiny.py, but in the latents of a small autoencoder, as the large models work.
+
+    python -m lumina_jax.train_vae --config=configs/vae_tiny.py --workdir=runs/vae
+    python -m lumina_jax.train --config=configs/tiny_latent.py --workdir=runs/tiny_latent
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+    config = tiny.get_config()
+    config.autoencoder.update(kind="vae", path="runs/vae", dtype="float32")
+    config.model.patch_size = 1  # a latent is four pixels wide: 64 tokens, as in tiny.py
+    return config
