@@ -8,6 +8,8 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 DATA := data/openmoji
 WORKDIR := runs/tiny
+# Processes that share the tests; each of them takes up to 4 GB.
+WORKERS := 2
 
 .PHONY: demo test test-all lint format check venv clean
 
@@ -21,11 +23,11 @@ demo: $(VENV)/.demo
 
 ## The tests that a change must pass: under ten minutes on two cores.
 test: $(VENV)/.dev
-	$(RUN) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 ## Slow ones too.
 test-all: $(VENV)/.dev
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -79,8 +79,8 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 1000  # steps
     train.keep_checkpoints = 3  # the newest ones
     train.keep_checkpoint_every = 10_000  # steps; these are kept for ever
-    train.init_from = ""  # workdir of the stage before
-    train.init_weights = "ema"  # or params
+    train.init_from = ""  # workdir of the stage before, or published weights
+    train.init_weights = "ema"  # of a workdir; or params
 
     # Pictures drawn while training, and what a checkpoint of this run samples with by default.
     config.preview = ConfigDict({"every": 1000, "prompts": ("",), "seed": 0})  # every 0: never

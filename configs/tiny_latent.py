@@ -1,7 +1,7 @@
 """As tiny.py, but in the latents of a small autoencoder, as the large models work.
 
-    python -m lumina_jax.train_vae --config=configs/vae_tiny.py --workdir=runs/vae
-    python -m lumina_jax.train --config=configs/tiny_latent.py --workdir=runs/tiny_latent
+python -m lumina_jax.train_vae --config=configs/vae_tiny.py --workdir=runs/vae
+python -m lumina_jax.train --config=configs/tiny_latent.py --workdir=runs/tiny_latent
 """
 
 from ml_collections import ConfigDict

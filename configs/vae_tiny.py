@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.vae = vae = ConfigDict()
     vae.preset = "tiny"  # or flux
     vae.block_out_channels = config_dict.placeholder(tuple)  # each level but the last halves sides
-    vae.layers_per_block = config_dict.placeholder(int)
+    vae.layers_per_block = 1
     vae.latent_channels = config_dict.placeholder(int)
     vae.norm_num_groups = config_dict.placeholder(int)
     vae.mid_block_add_attention = config_dict.placeholder(bool)
@@ -43,12 +43,12 @@ def get_config() -> ConfigDict:
     optim.ema_decay = 0.99
 
     config.train = train = ConfigDict()
-    train.num_steps = 1500
+    train.num_steps = 1200
     train.batch_size = 8
     train.log_every = 50
-    train.checkpoint_every = 500
+    train.checkpoint_every = 300
     train.keep_checkpoints = 2
     train.keep_checkpoint_every = 0
 
-    config.preview = ConfigDict({"every": 500, "num_rows": 3})  # rows of pictures; every 0: never
+    config.preview = ConfigDict({"every": 400, "num_rows": 3})  # rows of pictures; every 0: never
     return config

@@ -47,7 +47,7 @@ def run(
             _check_config()
             return main(*words)
         except InputError as error:
-            _fail(str(error))
+            _fail(str(error), one_line=False)
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             sys.exit(130)
@@ -76,6 +76,7 @@ def _check_config() -> None:
             raise InputError(f"--config: {error}") from None
 
 
-def _fail(message: str) -> None:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+def _fail(message: str, one_line: bool = True) -> None:
+    # Messages of other libraries are broken anywhere; ours where a list begins.
+    print("error:", " ".join(message.split()) if one_line else message, file=sys.stderr)
     sys.exit(2)

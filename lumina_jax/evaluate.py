@@ -35,6 +35,10 @@ def evaluate(path: str, data: str | None, *, num_prompts: int, batch_size: int, 
     """The fraction of right pictures for each group of languages, with the chance beside it."""
     found = checkpoint.find(path)
     config = checkpoint.load_meta(found)["config"]
+    if "data" not in config or "sampling" not in config:
+        raise InputError(
+            f"{path} was not trained here on pictures with captions: nothing to count."
+        )
     pictures = list(read_pictures(data or config["data"]["directory"]))
     pipeline = Pipeline.from_checkpoint(path)
     output = epath.Path(path) / "evaluation"

@@ -32,16 +32,18 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of a diffusers pipeline.")
     flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
+    flags.DEFINE_string("text_encoder_path", None, "Where it lies now, if not where the run did.")
+    flags.DEFINE_string("autoencoder_path", None, "Likewise.")
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given many times.")
     flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
     flags.DEFINE_string("negative_prompt", None, "What to lead away from.")
-    flags.DEFINE_string("system_prompt", None, "Its name: base, real, align, aesthetics, empty.")
+    flags.DEFINE_string("system_prompt", None, "Its name, such as real or empty.")
     flags.DEFINE_string("output", None, "Folder; <checkpoint>/samples by default.")
     flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of the first prompt; one more for each after it.")
     flags.DEFINE_integer("height", None, "In pixels.")
     flags.DEFINE_integer("width", None, "In pixels.")
-    flags.DEFINE_integer("num_steps", None, "Points of the time grid.")
+    flags.DEFINE_integer("num_steps", None, "Points of the time grid, or intervals.")
     flags.DEFINE_float("guidance_scale", None, "1 follows the prompt alone.")
     flags.DEFINE_float("guidance_truncation", None, "1 guides to the end.")
     flags.DEFINE_float("guidance_renorm", None, "0 is off.")
@@ -104,9 +106,18 @@ def main() -> None:
     args = flags.FLAGS
     prompts = read_prompts(args.prompt, args.prompts_file)
     if checkpoint.is_run(args.checkpoint):
-        pipeline = Pipeline.from_checkpoint(args.checkpoint, step=args.step, weights=args.weights)
+        pipeline = Pipeline.from_checkpoint(
+            args.checkpoint,
+            step=args.step,
+            weights=args.weights,
+            text_encoder_path=args.text_encoder_path,
+            autoencoder_path=args.autoencoder_path,
+        )
     elif args.output is None:
-        raise InputError("Name a folder for the pictures: --output.")
+        raise InputError(
+            f"--checkpoint={args.checkpoint} is not the workdir of a run. If it is a diffusers "
+            f"pipeline, name a folder for the pictures: --output."
+        )
     else:
         pipeline = Pipeline.from_diffusers(args.checkpoint, dtype=args.dtype)
     settings = {name: args[name].value for name in SETTINGS}

@@ -65,8 +65,8 @@ GEMMA2_RULES = (
     (r"scale$", (None,)),
 )
 
-# The autoencoder is whole everywhere: the one of FLUX has 84 million parameters, 0.17 GB in bfloat16,
-# less than its activations for one picture, and splits the batch instead.
+# The autoencoder is whole everywhere: that of FLUX has 84 million parameters, 0.17 GB in bfloat16,
+# less than its activations for one picture. The batch is split instead.
 VAE_RULES = ((r"(kernel|bias|scale)$", (None,)),)
 
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]

@@ -116,23 +116,14 @@ class Trainer:
                 f"{shards} part(s) of the mesh and num_microbatches={micro}; it must be a multiple "
                 f"of {unit}; nearest: {low} and {low + unit}."
             )
-        unit = self.autoencoder.downscale * self.model.patch_size
-        slots = num_tokens(config.data.resolution, unit)
-        pool = 4 if config.flow.auxiliary_weight else 1
+        downscale, patch_size = self.autoencoder.downscale, self.model.patch_size
+        slots = num_tokens(config.data.resolution, downscale * patch_size)
+        pooled = bool(config.flow.auxiliary_weight)
         for bucket in self.loader.buckets:
-            if bucket.width % (unit * pool) or bucket.height % (unit * pool):
+            if fault := bucket_fault(bucket, downscale, patch_size, slots, pooled=pooled):
                 raise InputError(
-                    f"Bucket {bucket} of {config.data.directory} is not a multiple of "
-                    f"{unit * pool} pixels (patch {self.model.patch_size}, autoencoder "
-                    f"{self.autoencoder.downscale}" + (", pooled by 4" if pool > 1 else "") + "). "
-                    f"Prepare the data with --pixels_per_token={unit}, or name other buckets in "
+                    f"Bucket {bucket} of {config.data.directory} {fault}, or name other buckets in "
                     f"config.data.buckets."
-                )
-            if (tokens := bucket.width * bucket.height // unit**2) > slots:
-                raise InputError(
-                    f"Bucket {bucket} has {tokens} tokens; config.data.resolution="
-                    f"{config.data.resolution} has room for {slots}. Raise it, or name other "
-                    f"buckets in config.data.buckets."
                 )
         return slots
 
@@ -187,7 +178,9 @@ class Trainer:
         if checkpoint.is_run(source):
             weights = self.config.train.init_weights
             return checkpoint.init_from(source, abstract, shardings, weights=weights, model=model)
-        with open_transformer(source, patch_size=self.model.patch_size) as found:
+        # What a lone file does not tell is taken to be as here.
+        known = {"patch_size": self.model.patch_size, "axes_dims": self.model.axes_dims}
+        with open_transformer(source, **known) as found:
             theirs = checkpoint.plain(dataclasses.asdict(found.cfg))
             checkpoint.check_same("model", theirs, model, epath.Path(source))
             return found.load(abstract, shardings)
@@ -227,6 +220,28 @@ class Trainer:
             flops_per_step=3 * forward * batch_size,
             peak=metrics.peak_flops(jax.local_devices()[0]) * jax.device_count(),
         )
+
+
+def bucket_fault(
+    bucket: Bucket, downscale: int, patch_size: int, num_slots: int, *, pooled: bool
+) -> str | None:
+    """Why a bucket cannot be trained on, and what to do; None if it can."""
+    unit = downscale * patch_size
+    if bucket.width % unit or bucket.height % unit:
+        return (
+            f"does not cut into patches of {unit} pixels (patch {patch_size}, autoencoder "
+            f"{downscale}). Prepare the data with --pixels_per_token={unit}"
+        )
+    # An incomplete window of 4 x 4 latents is dropped, so a multiple of it is not asked for.
+    small = [side // downscale // 4 for side in (bucket.width, bucket.height)]
+    if pooled and any(side < patch_size or side % patch_size for side in small):
+        return (
+            f"has {small[0]} x {small[1]} pooled latents, which do not cut into patches of "
+            f"{patch_size}. Set config.flow.auxiliary_weight=0"
+        )
+    if (tokens := bucket.width * bucket.height // unit**2) > num_slots:
+        return f"has {tokens} tokens; config.data.resolution has room for {num_slots}. Raise it"
+    return None
 
 
 def model_config(

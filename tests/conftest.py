@@ -14,8 +14,9 @@ from lumina_jax.data.buckets import Bucket
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests run the same program; the second one need not compile it.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="lumina_jax_tests_"))
+# Many tests run the same program; the second one need not compile it, in whichever process it is.
+os.environ.setdefault("LUMINA_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="lumina_jax_tests_"))
+jax.config.update("jax_compilation_cache_dir", os.environ["LUMINA_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 EMOJIS = "🐶🐱🍎🍋🏠🌞😀🎈 🇩🇪🇫🇷🇯🇵🚂🚐👀🦇🐖 🍷🍾🌵🕯️🧍👗🚪🖊️"

@@ -22,7 +22,7 @@ from absl import flags
 from lumina_jax import checkpoint, cli, sharding
 from lumina_jax.errors import InputError
 from lumina_jax.models.next_dit import NextDiTConfig, abstract_params
-from lumina_jax.sampling.pipeline import released_sections
+from lumina_jax.sampling.pipeline import released_sections, typed
 from lumina_jax.weights import next_dit
 
 FORMATS = (*next_dit.FORMATS, "lumina_jax")
@@ -51,43 +51,38 @@ _PIPELINE = flags.DEFINE_string(
 )
 
 
-def read(mesh: jax.sharding.Mesh) -> tuple[NextDiTConfig, dict]:
-    """The model at --input and its parameters."""
+def read(mesh: jax.sharding.Mesh) -> tuple[NextDiTConfig, dict, dict]:
+    """The model at --input, its parameters, and what a config says besides."""
     if checkpoint.is_run(_INPUT.value):
         found = checkpoint.find(_INPUT.value, _STEP.value)
-        cfg = NextDiTConfig(**checkpoint.load_meta(found)["model"])
-        abstract = _abstract(cfg, checkpoint.dtype_of(found, _WEIGHTS.value))
+        meta = checkpoint.load_meta(found)
+        cfg = NextDiTConfig(**meta["model"])
+        dtype = _DTYPE.value or checkpoint.dtype_of(found, _WEIGHTS.value)
+        abstract = typed(abstract_params(cfg), dtype)
         shardings = sharding.tree_shardings(abstract, mesh)
-        return cfg, checkpoint.load_params(found, abstract, shardings, weights=_WEIGHTS.value)
+        params = checkpoint.load_params(found, abstract, shardings, weights=_WEIGHTS.value)
+        return cfg, params, meta["config"]
     known = {"patch_size": _PATCH_SIZE.value, "axes_dims": _axes_dims()}
     known = {name: value for name, value in known.items() if value is not None}
     with next_dit.open_transformer(_INPUT.value, **known) as source:
-        abstract = _abstract(source.cfg, source.dtype)
-        return source.cfg, source.load(abstract, sharding.tree_shardings(abstract, mesh))
-
-
-def write(cfg: NextDiTConfig, params: dict) -> None:
-    if _FORMAT.value != "lumina_jax":
-        next_dit.save(_OUTPUT.value, params, cfg, format=_FORMAT.value, dtype=_DTYPE.value)
-        return
-    if _DTYPE.value is not None:
-        params = jax.tree.map(lambda x: x.astype(_DTYPE.value), params)
-    sections = released_sections(_PIPELINE.value)
-    checkpoint.save_weights(_OUTPUT.value, params, checkpoint.weights_meta(cfg, sections))
+        abstract = typed(abstract_params(source.cfg), _DTYPE.value or source.dtype)
+        params = source.load(abstract, sharding.tree_shardings(abstract, mesh))
+        return source.cfg, params, released_sections(_PIPELINE.value)
 
 
 def main() -> None:
     began = time.perf_counter()
+    if _FORMAT.value in ("diffusers", "lumina_jax"):  # known now, not after ten gigabytes
+        next_dit.check_new(_OUTPUT.value)
     # No accelerator is needed, and a host has more memory than one.
     mesh = sharding.make_mesh(replica=1, data=1, model=1, devices=jax.devices("cpu")[:1])
-    cfg, params = read(mesh)
-    write(cfg, params)
+    cfg, params, config = read(mesh)
+    if _FORMAT.value == "lumina_jax":
+        checkpoint.save_weights(_OUTPUT.value, params, checkpoint.weights_meta(cfg, config))
+    else:
+        next_dit.save(_OUTPUT.value, params, cfg, format=_FORMAT.value)
     seconds = time.perf_counter() - began
     print(f"{_OUTPUT.value} ({_FORMAT.value}) written in {seconds:.0f} s.")
-
-
-def _abstract(cfg, dtype):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(cfg))
 
 
 def _axes_dims():

@@ -143,8 +143,7 @@ def signed(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
 
 
 def _find_folder(path: str) -> pathlib.Path:
-    inside = files.local_folder(path, "vae")
-    folder = inside if inside.is_dir() else inside.parent
+    folder = files.part_of(path, "vae")
     if not (folder / CONFIG_FILE).exists():
         has = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         raise InputError(

@@ -62,7 +62,12 @@ class Encoder:
             return cut(autoencoder.encode(params, images, jax.random.fold_in(key, index)))
 
         jit = functools.partial(jax.jit, out_shardings=self._sharding)
-        self._encode_text = jit(text_encoder.encode)
+
+        def encode_text(params, ids, mask):
+            # float32 also where the encoder computes in less: a cache must not make a difference.
+            return text_encoder.encode(params, ids, mask).astype(jnp.float32)
+
+        self._encode_text = jit(encode_text)
         self._widen_text = jit(lambda cap_feats: cap_feats.astype(jnp.float32))
         self._encode_images = jit(encode_images)
         self._cut_latents = jit(cut)

@@ -122,11 +122,10 @@ class Gemma2TextEncoder:
 
 
 def _find_folders(path: str) -> Folders:
-    folder = files.local_folder(path, "text_encoder")
-    if folder.is_dir():
-        return Folders(folder, files.local_folder(path, "tokenizer"))
-    folder = files.local_folder(path)
-    return Folders(folder, folder)
+    folder = files.part_of(path, "text_encoder")
+    if folder.name != "text_encoder":
+        return Folders(folder, folder)
+    return Folders(folder, files.part_of(path, "tokenizer"))
 
 
 def _read_config(folder: pathlib.Path, **changes) -> gemma2.Gemma2Config:

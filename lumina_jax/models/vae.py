@@ -25,8 +25,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
-from flax import nnx
+from flax import nnx, traverse_util
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lumina_jax import sharding
@@ -150,10 +151,9 @@ PRESETS = {
 class Conv(nnx.Module):
     """A convolution over rows and columns; by default it keeps the size."""
 
-    def __init__(self, cfg, inputs: int, outputs: int, *, size: int = 3, rngs: nnx.Rngs):
+    def __init__(self, cfg, inputs: int, outputs: int, *, size: int = 3):
         self.dtype = cfg.dtype
-        init = nnx.initializers.lecun_uniform()
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, inputs, outputs)))
+        self.kernel = nnx.Param(jnp.zeros((size, size, inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(
@@ -167,6 +167,19 @@ class Conv(nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return y + self.bias[...].astype(self.dtype)[None, None, None]
+
+
+class Linear(nnx.Module):
+    """x kernel + bias, as wide as it was."""
+
+    def __init__(self, cfg, channels: int):
+        self.dtype = cfg.dtype
+        self.kernel = nnx.Param(jnp.zeros((channels, channels)))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y + self.bias[...].astype(self.dtype)[None, None]
 
 
 class GroupNorm(nnx.Module):
@@ -198,13 +211,13 @@ class GroupNorm(nnx.Module):
 class ResnetBlock(nnx.Module):
     """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
 
-    def __init__(self, cfg, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg, inputs: int, outputs: int):
         self.norm1 = GroupNorm(cfg, inputs)
-        self.conv1 = Conv(cfg, inputs, outputs, rngs=rngs)
+        self.conv1 = Conv(cfg, inputs, outputs)
         self.norm2 = GroupNorm(cfg, outputs)
-        self.conv2 = Conv(cfg, outputs, outputs, rngs=rngs)
+        self.conv2 = Conv(cfg, outputs, outputs)
         wider = inputs != outputs
-        self.conv_shortcut = Conv(cfg, inputs, outputs, size=1, rngs=rngs) if wider else None
+        self.conv_shortcut = Conv(cfg, inputs, outputs, size=1) if wider else None
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W E"]:
         h = self.conv1(nnx.silu(self.norm1(x)))
@@ -215,13 +228,9 @@ class ResnetBlock(nnx.Module):
 class Attention(nnx.Module):
     """One head over all latents of a picture, each a token."""
 
-    def __init__(self, cfg, channels: int, *, rngs: nnx.Rngs):
-        def linear():
-            init = nnx.initializers.lecun_uniform()
-            return nnx.Linear(channels, channels, kernel_init=init, dtype=cfg.dtype, rngs=rngs)
-
+    def __init__(self, cfg, channels: int):
         self.norm = GroupNorm(cfg, channels)
-        self.q, self.k, self.v, self.out = linear(), linear(), linear(), linear()
+        self.q, self.k, self.v, self.out = (Linear(cfg, channels) for _ in range(4))
 
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
         tokens = self.norm(x).reshape(len(x), -1, x.shape[-1])
@@ -252,10 +261,10 @@ def attend(
 class MidBlock(nnx.Module):
     """Where every latent sees every other."""
 
-    def __init__(self, cfg, channels: int, *, rngs: nnx.Rngs):
-        self.resnets = numbered(ResnetBlock(cfg, channels, channels, rngs=rngs) for _ in range(2))
+    def __init__(self, cfg, channels: int):
+        self.resnets = numbered(ResnetBlock(cfg, channels, channels) for _ in range(2))
         attention = cfg.mid_block_add_attention
-        self.attention = Attention(cfg, channels, rngs=rngs) if attention else None
+        self.attention = Attention(cfg, channels) if attention else None
 
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
         first, second = in_order(self.resnets)
@@ -266,9 +275,9 @@ class MidBlock(nnx.Module):
 class DownBlock(nnx.Module):
     """A level of the encoder."""
 
-    def __init__(self, cfg, inputs: int, outputs: int, *, last: bool, rngs: nnx.Rngs):
-        self.resnets = resnets(cfg, inputs, outputs, cfg.layers_per_block, rngs)
-        self.downsample = None if last else Conv(cfg, outputs, outputs, rngs=rngs)
+    def __init__(self, cfg, inputs: int, outputs: int, *, last: bool):
+        self.resnets = resnets(cfg, inputs, outputs, cfg.layers_per_block)
+        self.downsample = None if last else Conv(cfg, outputs, outputs)
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B K M E"]:
         for resnet in in_order(self.resnets):
@@ -281,9 +290,9 @@ class DownBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """A level of the decoder."""
 
-    def __init__(self, cfg, inputs: int, outputs: int, *, last: bool, rngs: nnx.Rngs):
-        self.resnets = resnets(cfg, inputs, outputs, cfg.layers_per_block + 1, rngs)
-        self.upsample = None if last else Conv(cfg, outputs, outputs, rngs=rngs)
+    def __init__(self, cfg, inputs: int, outputs: int, *, last: bool):
+        self.resnets = resnets(cfg, inputs, outputs, cfg.layers_per_block + 1)
+        self.upsample = None if last else Conv(cfg, outputs, outputs)
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B K M E"]:
         for resnet in in_order(self.resnets):
@@ -294,13 +303,13 @@ class UpBlock(nnx.Module):
 class Encoder(nnx.Module):
     """Images in [-1, 1] to mean and log variance, side by side."""
 
-    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig):
         widths = cfg.block_out_channels
-        self.conv_in = Conv(cfg, 3, widths[0], rngs=rngs)
-        self.down_blocks = levels(DownBlock, cfg, widths, rngs)
-        self.mid_block = MidBlock(cfg, widths[-1], rngs=rngs)
+        self.conv_in = Conv(cfg, 3, widths[0])
+        self.down_blocks = levels(DownBlock, cfg, widths)
+        self.mid_block = MidBlock(cfg, widths[-1])
         self.conv_norm_out = GroupNorm(cfg, widths[-1])
-        self.conv_out = Conv(cfg, widths[-1], 2 * cfg.latent_channels, rngs=rngs)
+        self.conv_out = Conv(cfg, widths[-1], 2 * cfg.latent_channels)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w E"]:
         x = self.conv_in(images)
@@ -313,13 +322,13 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents to images in [-1, 1], not clipped."""
 
-    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig):
         widths = cfg.block_out_channels[::-1]
-        self.conv_in = Conv(cfg, cfg.latent_channels, widths[0], rngs=rngs)
-        self.mid_block = MidBlock(cfg, widths[0], rngs=rngs)
-        self.up_blocks = levels(UpBlock, cfg, widths, rngs)
+        self.conv_in = Conv(cfg, cfg.latent_channels, widths[0])
+        self.mid_block = MidBlock(cfg, widths[0])
+        self.up_blocks = levels(UpBlock, cfg, widths)
         self.conv_norm_out = GroupNorm(cfg, widths[-1])
-        self.conv_out = Conv(cfg, widths[-1], 3, rngs=rngs)
+        self.conv_out = Conv(cfg, widths[-1], 3)
 
     def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         x = self.conv_in(latents)
@@ -335,19 +344,17 @@ def repeat_pixels(x: Float[Array, "B H W D"]) -> Float[Array, "B K M D"]:
     return rearrange(x, "B H a W b D -> B (H a) (W b) D")
 
 
-def levels(block: type, cfg, widths: Sequence[int], rngs: nnx.Rngs) -> nnx.Module:
+def levels(block: type, cfg, widths: Sequence[int]) -> nnx.Module:
     """A block for each width; the first takes its own width, each other that of the one before."""
     return numbered(
-        block(cfg, widths[max(i - 1, 0)], width, last=i == len(widths) - 1, rngs=rngs)
+        block(cfg, widths[max(i - 1, 0)], width, last=i == len(widths) - 1)
         for i, width in enumerate(widths)
     )
 
 
-def resnets(cfg, inputs: int, outputs: int, num: int, rngs: nnx.Rngs) -> nnx.Module:
+def resnets(cfg, inputs: int, outputs: int, num: int) -> nnx.Module:
     """Residual blocks, the first of which changes the width."""
-    return numbered(
-        ResnetBlock(cfg, outputs if i else inputs, outputs, rngs=rngs) for i in range(num)
-    )
+    return numbered(ResnetBlock(cfg, outputs if i else inputs, outputs) for i in range(num))
 
 
 def numbered(modules: Iterable[nnx.Module]) -> nnx.Module:
@@ -360,10 +367,20 @@ def in_order(modules: nnx.Module) -> list[nnx.Module]:
 
 
 def init_params(cfg: VAEConfig, key: PRNGKeyArray) -> dict:
-    """Fresh parameters as nested dicts, those of the encoder and of the decoder."""
-    rngs = nnx.Rngs(key)
-    parts = {"encoder": Encoder(cfg, rngs=rngs), "decoder": Decoder(cfg, rngs=rngs)}
-    return {name: nnx.to_pure_dict(nnx.state(part, nnx.Param)) for name, part in parts.items()}
+    """Fresh parameters as nested dicts, those of the encoder and of the decoder.
+
+    Kernels are uniform, of variance 1 / inputs. All are cut from one draw: a draw for each of so
+    many small kernels takes ten seconds to compile.
+    """
+    networks = {"encoder": Encoder(cfg), "decoder": Decoder(cfg)}
+    params = {name: nnx.to_pure_dict(nnx.state(x, nnx.Param)) for name, x in networks.items()}
+    flat = traverse_util.flatten_dict(params)
+    kernels = {path: x for path, x in flat.items() if path[-1] == "kernel"}
+    ends = np.cumsum([x.size for x in kernels.values()])
+    numbers = jax.random.uniform(key, (ends[-1],), minval=-1.0, maxval=1.0)
+    for (path, x), part in zip(kernels.items(), jnp.split(numbers, ends[:-1]), strict=True):
+        flat[path] = (3 / math.prod(x.shape[:-1])) ** 0.5 * part.reshape(x.shape)
+    return traverse_util.unflatten_dict(flat)
 
 
 def abstract_params(cfg: VAEConfig) -> dict:
@@ -373,7 +390,7 @@ def abstract_params(cfg: VAEConfig) -> dict:
 
 @functools.cache
 def _graphdef(network: type, cfg: VAEConfig) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda: network(cfg, rngs=nnx.Rngs(0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: network(cfg)))
 
 
 def encode_moments(
@@ -418,18 +435,21 @@ def a_few_at_a_time(
 ) -> Float[Array, "B ..."]:
     """network(batch) of pictures of `pixels`, no more than PIXELS_AT_ONCE on a part of the mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    shards = (
-        1 if mesh.empty or len(batch) % sharding.batch_shards(mesh) else sharding.batch_shards(mesh)
-    )
-    each = len(batch) // shards
-    most = max(PIXELS_AT_ONCE // pixels, 1)
+    shards = 1 if mesh.empty else sharding.batch_shards(mesh)
+    if len(batch) % shards:  # it cannot lie split
+        shards = 1
+    each, most = len(batch) // shards, max(PIXELS_AT_ONCE // pixels, 1)
     num_parts = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= most)
     if num_parts == 1:
         return network(batch)
+
+    def pin(x, axes):
+        return sharding.constrain(x, axes) if shards > 1 else x
+
     # Every num_parts-th picture in one part, so that each part is split over the mesh as the whole.
     parts = rearrange(batch, "(b p) ... -> p b ...", p=num_parts)
-    done = jax.lax.map(network, sharding.constrain(parts, (None, "act_batch")))
-    return sharding.constrain(rearrange(done, "p b ... -> (b p) ..."), ("act_batch",))
+    done = jax.lax.map(network, pin(parts, (None, "act_batch")))
+    return pin(rearrange(done, "p b ... -> (b p) ..."), ("act_batch",))
 
 
 def forward_flops(cfg: VAEConfig, height: int, width: int) -> tuple[int, int]:

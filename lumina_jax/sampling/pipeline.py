@@ -61,11 +61,20 @@ class Pipeline:
         self._autoencoder = autoencoder
         replicated = sharding.named(mesh, ())
         self.check_size(*size)
+        for what, given, needed in (
+            ("text encoder", text_encoder.feature_dim, model.cap_feat_dim),
+            ("autoencoder", autoencoder.channels, model.in_channels),
+        ):
+            if given != needed:
+                raise InputError(
+                    f"This {what} gives {given} numbers where the model takes {needed}: they do "
+                    f"not belong together."
+                )
         self._draw = jax.jit(
             functools.partial(
                 _draw, make_forward(model), text_encoder, autoencoder, model.patch_size
             ),
-            static_argnames="program",
+            static_argnames=("program", "num"),
             out_shardings=replicated,
         )
 
@@ -76,6 +85,8 @@ class Pipeline:
         *,
         step: int | None = None,
         weights: str = "ema",
+        text_encoder_path: str | None = None,
+        autoencoder_path: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "Pipeline":
         """The pipeline of a training run.
@@ -84,19 +95,31 @@ class Pipeline:
           path: The run's workdir.
           step: Which of its checkpoints; the newest by default.
           weights: "ema", the averaged weights, or "params", the raw ones.
+          text_encoder_path: Where its text encoder lies now, if not where the run found it.
+          autoencoder_path: Likewise.
           mesh: Where to put the model; one device by default.
+
+        A text encoder or autoencoder that is not the one of the training is an InputError.
         """
         mesh = mesh or sharding.make_mesh(replica=1, data=1, model=1, devices=jax.devices()[:1])
         found = checkpoint.find(path, step)
         meta = checkpoint.load_meta(found)
+        config = meta["config"]
+        if "sampling" not in config:
+            raise InputError(f"{path} is a run of something else: it draws no pictures.")
+        for name, place in (
+            ("text_encoder", text_encoder_path),
+            ("autoencoder", autoencoder_path),
+        ):
+            if place is not None:
+                config[name]["path"] = place
+        parts = from_sections(config)
+        _check_same_encoders(parts, meta["data"] or {})
         model = NextDiTConfig(**meta["model"])
-        shardings = sharding.tree_shardings(abstract_params(model), mesh)
-        return cls(
-            model,
-            checkpoint.load_params(found, abstract_params(model), shardings, weights=weights),
-            **from_sections(meta["config"]),
-            mesh=mesh,
-        )
+        abstract = typed(abstract_params(model), checkpoint.dtype_of(found, weights))
+        shardings = sharding.tree_shardings(abstract, mesh)
+        params = checkpoint.load_params(found, abstract, shardings, weights=weights)
+        return cls(model, params, **parts, mesh=mesh)
 
     @classmethod
     def from_diffusers(
@@ -122,9 +145,7 @@ class Pipeline:
         folder = diffusers.open_folder(path)
         with open_transformer(folder) as source:
             model = dataclasses.replace(source.cfg, dtype=dtype)
-            abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(model)
-            )
+            abstract = typed(abstract_params(model), dtype)
             params = source.load(abstract, sharding.tree_shardings(abstract, mesh))
         sections = released_sections(str(folder), dtype=dtype, soft_cap=soft_cap)
         sections["sampling"] |= diffusers.sampling_section(folder)
@@ -155,6 +176,7 @@ class Pipeline:
             tokenizer=text_encoder.folders.tokenizer,
             vae=autoencoder.folder,
             time_shift=self.defaults.time_shift,
+            sample_size=self.size[0] // autoencoder.downscale,
         )
 
     def __call__(
@@ -235,9 +257,9 @@ class Pipeline:
         with jax.set_mesh(self.mesh):
             images = self._draw(
                 self.params, self.text_params, self.autoencoder_params, *inputs, config.numbers(),
-                program=config.program(),
+                program=config.program(), num=num,
             )  # fmt: skip
-        images = np.asarray(images.addressable_data(0))[:num]
+        images = np.asarray(images.addressable_data(0))
         if output == "float":
             return images
         images = np.round(images * 255).astype(np.uint8)
@@ -335,18 +357,37 @@ def released_sections(
 
 def _draw(
     forward, text_encoder, autoencoder, patch_size,
-    params, text_params, autoencoder_params, latents, token_ids, token_mask, numbers, *, program,
+    params, text_params, autoencoder_params, latents, token_ids, token_mask, numbers,
+    *, program, num,
 ):  # fmt: skip
     """The one program: captions, loop, decoder. Images in [0, 1].
 
-    The tokens are those of the prompts, then those of the negative prompts.
+    The tokens are those of the prompts, then those of the negative prompts. `num` pictures are
+    returned; what filled the batch up stays on its devices.
     """
-    cap_feats = text_encoder.encode(text_params, token_ids, token_mask)
+    # float32 as in training, where they may come from a cache.
+    cap_feats = text_encoder.encode(text_params, token_ids, token_mask).astype(jnp.float32)
     caption, negative = zip(jnp.split(cap_feats, 2), jnp.split(token_mask, 2), strict=True)
     latents = sampler.sample(
         forward, params, latents, caption, negative, numbers, patch_size=patch_size, program=program
     )
-    return jnp.clip((autoencoder.decode(autoencoder_params, latents) + 1) / 2, 0, 1)
+    images = autoencoder.decode(autoencoder_params, latents)[:num]
+    return jnp.clip((images + 1) / 2, 0, 1)
+
+
+def typed(abstract: Any, dtype: str) -> Any:
+    """The same shapes with another type."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
+
+
+def _check_same_encoders(parts, trained):
+    """Refuses encoders with other fingerprints than those that the run kept."""
+    for name in ("text_encoder", "autoencoder"):
+        if name in trained and trained[name] != (found := parts[name].fingerprint()):
+            raise InputError(
+                f"The {name} is not the one that the model was trained with: {found!r}, needed "
+                f"{trained[name]!r}. Give the folder of that one: {name}_path."
+            )
 
 
 def _one_for_each(value, prompts, name):

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lumina_jax.errors import InputError
-from lumina_jax.weights.files import Entry, Weights
+from lumina_jax.weights.files import READABLE, Entry, Weights
 from lumina_jax.weights.tensors import Tensor, leaf
 
 
@@ -71,7 +71,7 @@ def check(
     tensors: Iterable[Tensor],
     ignored: Collection[str] | Callable[[str], bool] = (),
 ) -> None:
-    """Raises one InputError with everything that does not fit: missing, unexpected, mis-shaped."""
+    """Raises one InputError with everything that does not fit: names, shapes, types."""
     is_ignored = ignored if callable(ignored) else ignored.__contains__
     needed = their_shapes(tensors)
     faults = [f"missing    {name} {needed[name]}" for name in needed if name not in weights.shapes]
@@ -84,6 +84,11 @@ def check(
         f"mis-shaped {name}: {weights.shapes[name]} there, {shape} needed"
         for name, shape in needed.items()
         if weights.shapes.get(name, shape) != shape
+    ]
+    faults += [
+        f"unreadable {name}: its type is {weights.dtypes[name]}"
+        for name in needed
+        if weights.dtypes.get(name, "float32") not in READABLE
     ]
     if faults:
         raise InputError(

@@ -18,6 +18,7 @@ from lumina_jax.errors import InputError
 from lumina_jax.models.next_dit import NextDiTConfig
 from lumina_jax.weights import files, next_dit
 
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja")
 _PIPELINES = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")  # the second is the older name
 _PARTS = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
@@ -26,13 +27,23 @@ _PARTS = {
     "transformer": ("diffusers", "Lumina2Transformer2DModel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
+# Settings of the scheduler that make another grid than a fixed shift does.
+_OTHER_GRIDS = (
+    "use_dynamic_shifting",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "shift_terminal",
+    "invert_sigmas",
+    "stochastic_sampling",
+)
 # The oldest release with Lumina2Pipeline and its config as it is today.
 _DIFFUSERS_VERSION = "0.33.0"
 
 
 def open_folder(path: str) -> pathlib.Path:
     """The local folder of a pipeline, after a look at its index."""
-    folder = files.local_folder(path)
+    folder = files.local_folder(path, "model_index.json", *(f"{part}/*" for part in _PARTS))
     index = folder / "model_index.json"
     if not index.exists():
         raise InputError(
@@ -49,13 +60,13 @@ def open_folder(path: str) -> pathlib.Path:
 def sampling_section(folder: pathlib.Path) -> dict[str, Any]:
     """What the parts of a pipeline say of its sampling, as keys of `config.sampling`."""
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
-    if scheduler.get("_class_name") != _PARTS["scheduler"][1] or scheduler.get(
-        "use_dynamic_shifting"
-    ):
+    odd = [name for name in _OTHER_GRIDS if scheduler.get(name)]
+    if scheduler.get("_class_name") != _PARTS["scheduler"][1] or odd:
         raise InputError(
-            f"The scheduler of {folder} is {scheduler.get('_class_name')} with "
-            f"use_dynamic_shifting={scheduler.get('use_dynamic_shifting')}; needed: "
-            f"{_PARTS['scheduler'][1]} with a fixed shift."
+            f"The scheduler of {folder} is {scheduler.get('_class_name')}"
+            + "".join(f" with {name}={scheduler[name]}" for name in odd)
+            + f"; needed: {_PARTS['scheduler'][1]} with a fixed shift and no other change of its "
+            f"grid."
         )
     transformer, vae = _json(folder / "transformer/config.json"), _json(folder / "vae/config.json")
     side = transformer["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
@@ -72,6 +83,7 @@ def save_folder(
     tokenizer: pathlib.Path,
     vae: pathlib.Path,
     time_shift: float,
+    sample_size: int,
 ) -> None:
     """Writes a pipeline aside, then renames it.
 
@@ -84,17 +96,20 @@ def save_folder(
       tokenizer: Likewise; may be the same, where one folder holds both.
       vae: Likewise.
       time_shift: Of the scheduler.
+      sample_size: Side of a picture by default, in latents.
     """
+    if "://" in os.fspath(path):
+        raise InputError(f"{path} is not on a local disk. Write it to one, then copy the folder.")
+    next_dit.check_new(path)
     path = pathlib.Path(path).absolute()
-    if path.exists() and any(path.iterdir()):
-        raise InputError(f"{path} has files already. Name a folder that does not exist.")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        next_dit.save(aside / "transformer", params, cfg, format="diffusers", dtype=dtype)
+        settings = {"format": "diffusers", "dtype": dtype, "sample_size": sample_size}
+        next_dit.save(aside / "transformer", params, cfg, **settings)
         for name, source in (("text_encoder", text_encoder), ("vae", vae)):
             _copy(source, aside / name, ("config.json", "*.safetensors", f"*{files.INDEX_SUFFIX}"))
-        _copy(tokenizer, aside / "tokenizer", ("tokenizer*", "special_tokens_map.json", "*.jinja"))
+        _copy(tokenizer, aside / "tokenizer", _TOKENIZER)
         scheduler = {
             "_class_name": _PARTS["scheduler"][1],
             "_diffusers_version": _DIFFUSERS_VERSION,

@@ -13,12 +13,14 @@ import os
 import pathlib
 import pickle
 import struct
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from lumina_jax import files
@@ -31,6 +33,7 @@ _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
     "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+READABLE = frozenset(_DTYPES.values())
 _SAFETENSORS_DTYPES = {name: code for code, name in _DTYPES.items()}
 
 
@@ -72,7 +75,7 @@ class _Safetensors(Weights):
                 file = self._stack.enter_context(safe_open(shard, framework="numpy"))
             except SafetensorError as error:
                 raise InputError(
-                    f"{shard} is not a whole safetensors file ({error}). Copy it again."
+                    f"{shard} is not a whole safetensors file ({first_line(error)}). Copy it again."
                 ) from None
             for name in file.keys():  # noqa: SIM118 (it cannot be iterated)
                 view = file.get_slice(name)
@@ -95,13 +98,15 @@ class _Torch(Weights):
         except (pickle.UnpicklingError, RuntimeError) as error:
             raise InputError(
                 f"{path} is not a plain archive of tensors, and nothing else is read from a "
-                f"pickle: {str(error).splitlines()[0]} Ask for a safetensors file instead."
+                f"pickle: {first_line(error)} Ask for a safetensors file instead."
             ) from None
-        odd = [name for name, x in tensors.items() if not isinstance(x, torch.Tensor)]
+        if not isinstance(tensors, dict):
+            tensors = {"": tensors}
+        odd = [name for name, x in tensors.items() if not (name and isinstance(x, torch.Tensor))]
         if odd:
             raise InputError(
-                f"{path} holds more than tensors: {', '.join(map(repr, odd[:5]))}. Save its state "
-                f"dict alone, or as safetensors."
+                f"{path} is not a state dict: {', '.join(map(repr, odd[:5]))} is no tensor with a "
+                f"name. Save its state dict alone, or as safetensors."
             )
         self._tensors = tensors
         for name, tensor in tensors.items():
@@ -162,33 +167,43 @@ def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
     )
 
 
-def local_folder(name_or_path: str, subfolder: str | None = None) -> pathlib.Path:
+def local_folder(name_or_path: str, *patterns: str) -> pathlib.Path:
     """A local folder, or that of a repository of the Hugging Face hub, fetched if need be.
 
     Args:
       name_or_path: Such as "models/Lumina-Image-2.0" or "Alpha-VLLM/Lumina-Image-2.0".
-      subfolder: What is needed of a repository; all of it by default.
+      *patterns: What is needed of a repository, such as "vae/*"; it may have none of it.
     """
     if "://" in name_or_path or pathlib.Path(name_or_path).exists() or name_or_path.count("/") != 1:
         folder = local(name_or_path)
-    else:
-        import huggingface_hub  # slow to import, and rarely needed
+        if not folder.is_dir():
+            raise InputError(f"{folder} is a file; give the folder that holds it.")
+        return folder
+    import huggingface_hub  # slow to import, and rarely needed
 
-        try:
-            folder = huggingface_hub.snapshot_download(
-                name_or_path, allow_patterns=f"{subfolder}/*" if subfolder else None
-            )
-        except Exception as error:  # network, missing name, missing licence: all of its own classes
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"{name_or_path!r} is no local folder, and the Hugging Face hub did not give it "
-                f"({type(error).__name__}: {reason}) Download it and give the folder; gated models "
-                f"need `hf auth login`."
-            ) from None
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file; give the folder that holds it.")
-    return folder / subfolder if subfolder else folder
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(patterns))
+        )
+    except Exception as error:  # network, missing name, missing licence: all of its own classes
+        raise InputError(
+            f"{name_or_path!r} is no local folder, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {first_line(error)}) Download it and give the folder; gated "
+            f"models need `hf auth login`."
+        ) from None
+
+
+def part_of(name_or_path: str, subfolder: str) -> pathlib.Path:
+    """The folder of one part of a pipeline, or the root of a repository of that part alone."""
+    folder = local_folder(name_or_path, f"{subfolder}/*") / subfolder
+    if folder.is_dir():
+        return folder
+    return local_folder(name_or_path, "*.json", "*.safetensors", "tokenizer*")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, without its pages."""
+    return (str(error).strip() or "no reason given").splitlines()[0]
 
 
 def fingerprint(weights: Weights) -> str:
@@ -224,7 +239,14 @@ class Entry(NamedTuple):
 
 def write_file(path: str | os.PathLike, entries: Iterable[Entry]) -> None:
     """One `.safetensors` or `.pth` file, written aside and renamed; one tensor in memory."""
-    path, entries = pathlib.Path(path), list(entries)
+    entries = list(entries)
+    if "://" in os.fspath(path):  # made here, then copied as a whole
+        with tempfile.TemporaryDirectory() as folder:
+            made = pathlib.Path(folder) / epath.Path(path).name
+            write_file(made, entries)
+            epath.Path(made).copy(path, overwrite=True)
+        return
+    path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
@@ -243,7 +265,7 @@ def write_folder(
     folder: str | os.PathLike, stem: str, entries: Iterable[Entry], max_shard_bytes: int
 ) -> None:
     """`<stem>.safetensors`, or shards of it and an index, as diffusers and transformers do."""
-    folder = pathlib.Path(folder)
+    folder = epath.Path(folder)
     shards: list[list[Entry]] = [[]]
     room = max_shard_bytes
     for entry in entries:

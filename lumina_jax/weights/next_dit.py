@@ -17,9 +17,11 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from flax import traverse_util
 
 from lumina_jax.errors import InputError
+from lumina_jax.files import write as write_aside
 from lumina_jax.models.next_dit import STACKS, NextDiTConfig, abstract_params
 from lumina_jax.weights import convert, files
 from lumina_jax.weights.files import Entry, Weights
@@ -97,9 +99,7 @@ def open_transformer(path: str | os.PathLike, **known: Any) -> Iterator["Source"
         official or ComfyUI file, `.safetensors` or `.pth`.
       **known: Fields of NextDiTConfig that a lone file does not tell, such as `patch_size`.
     """
-    path = files.local_folder(os.fspath(path)) if _is_folder(path) else files.local(path)
-    if (path / "transformer").is_dir():
-        path = path / "transformer"
+    path = files.part_of(os.fspath(path), "transformer") if _is_folder(path) else files.local(path)
     with files.open_weights(path) as weights:
         format = detect_format(weights.shapes)
         config = path / "config.json"
@@ -120,8 +120,9 @@ class Source(NamedTuple):
     @property
     def dtype(self) -> str:
         """The type of its tensors, float32 where they have several."""
-        dtypes = {self.weights.dtypes[name] for name in convert.their_shapes(self.tensors())}
-        return dtypes.pop() if len(dtypes) == 1 else "float32"
+        names = convert.their_shapes(self.tensors())
+        dtypes = {self.weights.dtypes[name] for name in names if name in self.weights.dtypes}
+        return min(dtypes) if len(dtypes) == 1 and dtypes <= files.READABLE else "float32"
 
     def tensors(self) -> Iterator[Tensor]:
         return tensors(self.cfg, self.format)
@@ -144,26 +145,36 @@ def save(
     *,
     format: str,
     dtype: str | None = None,
+    sample_size: int = 128,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes our parameters for others.
 
     Args:
-      path: A folder for diffusers; a `.safetensors` or `.pth` file for the other formats.
+      path: A new folder for diffusers; a `.safetensors` or `.pth` file for the other formats.
       params: Of a model of the sizes `cfg`.
       cfg: Those sizes.
       format: One of FORMATS.
       dtype: To write, "float32" or "bfloat16"; that of the parameters by default.
+      sample_size: Of diffusers' config: the side of its pictures by default, in latents.
       max_shard_bytes: Of one file in a folder.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     entries = convert.entries(params, tensors(cfg, format), dtype)
     if format == "diffusers":
-        config = json.dumps(to_diffusers_config(cfg), indent=2)
+        check_new(path)  # an index of another time would be read before what is written now
+        config = to_diffusers_config(cfg) | {"sample_size": sample_size}
         files.write_folder(path, "diffusion_pytorch_model", entries, max_shard_bytes)
-        (path / "config.json").write_text(config + "\n")
+        write_aside(path / "config.json", json.dumps(config, indent=2) + "\n")
     else:
         files.write_file(path, entries + unused(cfg, format, entries[0].dtype))
+
+
+def check_new(folder: epath.PathLike) -> None:
+    """Refuses a folder that has files already."""
+    folder = epath.Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} has files already. Name a folder that does not exist.")
 
 
 def _is_folder(path):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lumina_jax.data.buckets import bucket_sizes
 from lumina_jax.errors import InputError
 from lumina_jax.loop import Report
 from lumina_jax.sampling.pipeline import Pipeline
-from lumina_jax.train import Trainer, train
+from lumina_jax.train import Trainer, bucket_fault, train
 
 
 def losses(workdir):
@@ -176,6 +177,15 @@ def test_a_resume_that_would_change_the_data_is_refused(uninterrupted, config):
         train(config, str(uninterrupted[0]))
 
 
+@pytest.mark.parametrize(("resolution", "num", "pooled"), [(256, 15, False), (1024, 51, True)])
+def test_every_official_bucket_can_be_trained_on(resolution, num, pooled):
+    """Also with the auxiliary loss, though most sides are no multiple of four patches."""
+    slots = (resolution // 16) ** 2
+    buckets = bucket_sizes(slots, 16)
+    assert len(buckets) == num
+    assert not any(bucket_fault(b, 8, 2, slots, pooled=pooled) for b in buckets)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -186,7 +196,7 @@ def test_a_resume_that_would_change_the_data_is_refused(uninterrupted, config):
         ({"model": {"patch_size": 8, "dim": 66}}, "dim=66 is not a multiple of num_heads=8"),
         ({"data": {"buckets": ("64x16",)}}, "has no bucket 64x16; it has"),
         ({"data": {"directory": "/nowhere"}}, "/nowhere is not a finished dataset"),
-        ({"data": {"resolution": 16}}, "tokens; config.data.resolution=16 has room for 16"),
+        ({"data": {"resolution": 16}}, "tokens; config.data.resolution has room for 16"),
         ({"data": {"languages": ("xx",)}}, "allows none of them"),
         ({"train": {"log_every": 0}}, "train.log_every=0 must be at least 1"),
         ({"preview": {"every": 1, "prompts": ()}}, "preview.prompts is empty"),
@@ -195,7 +205,7 @@ def test_a_resume_that_would_change_the_data_is_refused(uninterrupted, config):
         ({"data": {"directory": ""}}, "data.directory is empty"),
         ({"flow": {"auxiliary_shift": "other"}}, "auxiliary_shift='other' is not main or own"),
         ({"flow": {"time_distribution": "beta"}}, "time_distribution='beta' is not one of"),
-        ({"flow": {"auxiliary_weight": 1.0}}, "is not a multiple of 16 pixels"),
+        ({"flow": {"auxiliary_weight": 1.0}}, "has 6 x 10 pooled latents, which do not cut"),
         ({"text_encoder": {"kind": "bert"}}, "'bert'"),
         ({"autoencoder": {"kind": "jpeg"}}, "autoencoder.kind='jpeg' is not one of pixels"),
         ({"model": {"preset": "1b"}}, "'1b' is not one of tiny, 2b"),

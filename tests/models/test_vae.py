@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -116,21 +117,25 @@ def test_queries_that_parts_do_not_divide_are_filled_up(monkeypatch):
     assert_close(jax.jit(lambda *args: vae.attend(*args))(q, k, v), expected, 1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2)])
 @pytest.mark.parametrize(
     ("num", "most", "largest"), [(6, 6, 6), (6, 5, 3), (6, 2, 2), (5, 4, 1), (3, 0, 1), (1, 0, 1)]
 )
-def test_equal_parts_as_large_as_there_is_room_for(monkeypatch, num, most, largest):
-    """`most` pictures fit; a prime number of pictures goes whole or one by one."""
-    sizes = []
+def test_equal_parts_as_large_as_there_is_room_for(monkeypatch, num, most, largest, sizes):
+    """`most` pictures fit; a prime number goes whole or one by one. No mesh of four splits them."""
+    seen = []
 
     def network(x):
-        sizes.append(len(x))
+        seen.append(len(x))
         return 2 * x
 
     monkeypatch.setattr(vae, "PIXELS_AT_ONCE", 24 * most)
-    found = jax.jit(lambda x: vae.a_few_at_a_time(network, x, 24))(latents(num))
+    devices = jax.devices()[: math.prod(sizes)]
+    mesh = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes, strict=True)), devices=devices)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda x: vae.a_few_at_a_time(network, x, 24))(latents(num))
     np.testing.assert_array_equal(found, 2 * latents(num))
-    assert set(sizes) == {largest}
+    assert set(seen) == {largest}
 
 
 def test_little_memory_on_a_mesh_gives_the_same_and_pictures_stay_where_they_are(

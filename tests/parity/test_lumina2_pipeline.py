@@ -148,6 +148,7 @@ def test_the_folder_we_write_loads_in_diffusers_and_here(ours, theirs, tmp_path)
         np.testing.assert_array_equal(again.transformer.state_dict()[name], value)
     found = Pipeline.from_diffusers(str(tmp_path / "ours"), dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, found.params, ours.params)
+    assert found.size == ours.size
     assert psnr(draw_ours(found, PROMPTS, latents, **SETTINGS), expected) >= 50
     with pytest.raises(InputError, match="has files already"):
         ours.save_diffusers(str(tmp_path / "ours"))
@@ -266,6 +267,13 @@ def test_settings_come_from_the_folder(ours):
         (
             {"scheduler/scheduler_config.json": '{"_class_name": "DDIMScheduler"}'},
             "The scheduler of .* is DDIMScheduler",
+        ),
+        (
+            {
+                "scheduler/scheduler_config.json": '{"_class_name": '
+                '"FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": true}'
+            },
+            "with use_karras_sigmas=True; needed",
         ),
         ({"model_index.json": None}, "is no diffusers pipeline"),
         ({"vae": None}, "lacks vae"),

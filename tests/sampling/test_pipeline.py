@@ -125,6 +125,23 @@ def test_a_mesh_draws_the_same_pictures(pipeline, mesh):
     np.testing.assert_allclose(found, pipeline(prompts, output="float"), atol=1e-4)
 
 
+def test_parts_that_do_not_belong_together_are_refused(pipeline):
+    class Wide(Letters):
+        feature_dim = 9
+
+    with pytest.raises(InputError, match=r"This text encoder gives 9 numbers .* takes 8"):
+        Pipeline(
+            MODEL,
+            pipeline.params,
+            text_encoder=Wide(),
+            autoencoder=Pixels(),
+            defaults=DEFAULTS,
+            size=(16, 16),
+            system_prompt="empty",
+            mesh=pipeline.mesh,
+        )
+
+
 def test_the_same_call_does_not_compile_again(pipeline):
     """Neither for other prompts and seeds, nor for other strengths of guidance."""
     pipeline(["a", "b"])

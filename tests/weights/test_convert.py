@@ -185,6 +185,23 @@ def test_everything_that_does_not_fit_is_listed_at_once():
         assert line in message
 
 
+def test_a_missing_tensor_and_an_unknown_type_are_listed_by_a_real_file(tmp_path):
+    entries = convert.entries(random_params(), next_dit.tensors(MODEL, "official"))
+    write_file(tmp_path / "x.safetensors", entries[1:])
+    with pytest.raises(InputError, match=rf"1 fault.*\n  missing    {entries[0].name}"):
+        load(tmp_path / "x.safetensors", axes_dims=(4, 6, 6))
+    weights = Shapes(convert.their_shapes(next_dit.tensors(MODEL, "official")))
+    weights.dtypes["x_embedder.bias"] = "F8_E4M3"
+    with pytest.raises(InputError, match=r"unreadable x_embedder.bias: its type is F8_E4M3"):
+        convert.check(weights, next_dit.tensors(MODEL, "official"))
+
+
+def test_a_folder_with_files_is_not_written_into(tmp_path):
+    next_dit.save(tmp_path / "x", random_params(), MODEL, format="diffusers")
+    with pytest.raises(InputError, match="has files already"):
+        next_dit.save(tmp_path / "x", random_params(), MODEL, format="diffusers")
+
+
 def test_other_models_in_a_file_of_comfyui_are_left_alone(tmp_path):
     params = random_params()
     entries = convert.entries(params, next_dit.tensors(MODEL, "comfyui"))

@@ -15,6 +15,7 @@ from lumina_jax.weights.files import (
     fingerprint,
     local_folder,
     open_weights,
+    part_of,
     write_file,
     write_folder,
 )
@@ -126,8 +127,10 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path):
 def test_a_state_dict_with_something_else_in_it_is_refused(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"weight": torch.ones(2), "epoch": 3}, tmp_path / "x.pth")
-    with pytest.raises(InputError, match="holds more than tensors: 'epoch'"):
-        open_weights(tmp_path / "x.pth")
+    torch.save([torch.ones(2)], tmp_path / "list.pth")
+    for name, odd in (("x.pth", "'epoch'"), ("list.pth", "''")):
+        with pytest.raises(InputError, match=f"is not a state dict: {odd} is no tensor"):
+            open_weights(tmp_path / name)
 
 
 def test_a_damaged_file_is_refused(tmp_path):
@@ -176,6 +179,25 @@ def test_a_name_that_is_neither_here_nor_on_the_hub_is_refused(tmp_path, monkeyp
         local_folder("team/model")
     with pytest.raises(InputError, match="No file or folder at"):
         local_folder(str(tmp_path / "missing"))
+
+
+def test_a_part_that_a_repository_of_the_hub_lacks_is_looked_for_at_its_root(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name, *, allow_patterns):
+        asked.append(allow_patterns)
+        root = tmp_path / "snapshot"
+        if "config.json" in allow_patterns or "*.json" in allow_patterns:
+            root.mkdir()
+        return str(root)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert part_of("google/gemma-2-2b", "text_encoder") == tmp_path / "snapshot"
+    assert asked[0] == ["text_encoder/*"]
+    (tmp_path / "snapshot" / "vae").mkdir()
+    assert part_of("google/gemma-2-2b", "vae") == tmp_path / "snapshot" / "vae"
 
 
 def test_the_fingerprint_knows_values_and_names_but_not_the_place(tmp_path):
