@@ -23,11 +23,11 @@ demo: $(VENV)/.demo
 
 ## The tests that a change must pass: under ten minutes on two cores.
 test: $(VENV)/.dev
-	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 ## Slow ones too.
 test-all: $(VENV)/.dev
-	$(RUN) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -73,7 +73,7 @@ def _check_config() -> None:
         try:
             flags.FLAGS.config.to_dict()
         except OSError as error:
-            raise InputError(f"--config: {error}") from None
+            raise InputError(f"--config: {' '.join(str(error).split())}") from None
 
 
 def _fail(message: str, one_line: bool = True) -> None:

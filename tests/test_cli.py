@@ -24,7 +24,7 @@ def run(*command):
         ("-m lumina_jax.train --config=configs/none.py --workdir=x", "configs/none.py"),
         ("-m lumina_jax.train --config=configs/tiny.py --config.seed=a", "seed"),
         ("-m lumina_jax.sample --checkpoint=nowhere", "No prompt was given"),
-        ("-m lumina_jax.sample --checkpoint=nowhere --prompt=a", "No checkpoint at"),
+        ("-m lumina_jax.sample --checkpoint=nowhere --prompt=a", "is not the workdir of a run"),
         ("-m lumina_jax.evaluate --checkpoint=nowhere extra", "Got the argument(s) extra"),
     ],
 )

@@ -41,7 +41,9 @@ def uninterrupted(reference, config):
     return workdir, made["state"]
 
 
-@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize(
+    "mesh", [(2, 2, 2), *(pytest.param(m, marks=pytest.mark.slow) for m in [(1, 4, 2), (1, 1, 8)])]
+)
 def test_losses_agree_on_every_mesh(uninterrupted, config, tmp_path, mesh):
     config.mesh.update(dict(zip(("replica", "data", "model"), mesh, strict=True)))
     train(config, str(tmp_path))
@@ -102,6 +104,7 @@ def test_a_finished_run_is_left_alone(uninterrupted, config):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_all_buckets_share_one_compiled_step(config, tmp_path):
     """Oracle of design section 3: only the small encoding program knows a picture's shape."""
     trainer = Trainer(config, str(tmp_path))
@@ -126,6 +129,7 @@ def test_accumulation_gives_the_same_losses(uninterrupted, config, tmp_path):
     np.testing.assert_allclose([*losses(tmp_path).values()], [*expected.values()], rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_auxiliary_loss_of_the_high_resolution_stage_runs(config, tmp_path):
     # Patches of 2 pixels, so that a quarter of each side is a whole number of patches.
     config.model.patch_size = 2

@@ -157,6 +157,7 @@ def test_transposing_the_picture_does_not_transpose_the_velocity(forward, params
     assert np.abs(np.swapaxes(crossed, 1, 2) - straight).max() > 0.01
 
 
+@pytest.mark.slow
 def test_recomputation_does_not_change_the_gradient(params):
     def gradient(cfg):
         def loss(params):

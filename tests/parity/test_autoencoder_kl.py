@@ -18,7 +18,9 @@ from lumina_jax.weights.vae import tensors  # noqa: E402
 pytestmark = pytest.mark.parity
 
 CONFIGS = {
-    "tiny": VAEConfig.preset("tiny", scaling_factor=0.7, shift_factor=0.2, dtype="float32"),
+    "tiny": VAEConfig.preset(
+        "tiny", layers_per_block=1, scaling_factor=0.7, shift_factor=0.2, dtype="float32"
+    ),
     # Levels and blocks as in the released one, a sixteenth as wide.
     "narrow flux": VAEConfig.preset(
         "flux", block_out_channels=(8, 16, 32, 32), norm_num_groups=4, dtype="float32"

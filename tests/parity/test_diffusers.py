@@ -156,7 +156,10 @@ def test_sizes_mixed_in_one_batch_equal_separate_calls():
             assert_close(ours, call_theirs(theirs, *given).numpy(), 2e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("grouped", "wide") else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS],
+)
 def test_gradient_of_every_parameter_equals_diffusers(name):
     cfg, params, theirs = make_pair(name)
     latents, t, cap_feats, cap_mask = make_inputs(cfg, (8, 12))

@@ -122,8 +122,8 @@ def test_pictures_equal_those_of_diffusers(ours, theirs, num, size, truncation, 
     assert psnr(found, expected) >= 50
     print(f"{num} x {size}, {truncation=}, {renorm=}: {psnr(found, expected):.1f} dB")
     # Guidance matters here, or agreement would say little.
-    other = draw_ours(ours, prompts, latents, renorm=renorm, guidance_scale=3.0, **settings)
-    assert psnr(other, expected) < 40
+    other = draw_ours(ours, prompts, latents, renorm=renorm, guidance_scale=1.01, **settings)
+    assert psnr(other, expected) < psnr(found, expected) - 10
 
 
 SETTINGS = {"negative": ["blurry"] * 4, "truncation": 0.25, "renorm": True}
