@@ -1,4 +1,4 @@
-"""Where every array lives. To try another layout, change the two tables here and nothing else.
+"""Where every array lives. To try another layout, change the tables here and nothing else.
 
 The mesh has three axes (a tensor has dims, a mesh has axes):
 
