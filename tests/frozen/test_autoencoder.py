@@ -76,14 +76,14 @@ def test_one_of_several_precisions_is_read(folder, tmp_path, mesh):
     assert VAE(path).fingerprint() == VAE(str(folder)).fingerprint()
 
 
-def test_the_mode_is_that_of_the_network_and_needs_no_key(folder, mesh):
+def test_the_likeliest_latents_need_no_key(folder, mesh):
     autoencoder = VAE(str(folder), dtype="float32")
     params, encode = autoencoder.load_params(mesh), jax.jit(autoencoder.encode)
     latents = encode(params, IMAGES, jax.random.key(0))
+    assert latents.shape == (2, 4, 6, 2)
     np.testing.assert_array_equal(latents, encode(params, IMAGES, jax.random.key(1)))
-    mean, _ = jax.jit(lambda p, x: vae.encode_moments(CFG, p, signed(x)))(params, IMAGES)
-    np.testing.assert_allclose(latents, (mean - 0.3) * 0.5, atol=1e-6)
-    assert jax.jit(autoencoder.decode)(params, latents).shape == IMAGES.shape
+    images = jax.eval_shape(autoencoder.decode, params, latents)
+    assert (images.shape, images.dtype) == (IMAGES.shape, jnp.float32)
 
 
 def test_a_draw_has_the_predicted_mean_and_deviation_and_follows_the_key(folder, mesh):

@@ -9,6 +9,7 @@ from lumina_jax import sharding
 from lumina_jax.errors import InputError
 from lumina_jax.frozen.autoencoder import Pixels
 from lumina_jax.models.next_dit import NextDiTConfig, abstract_params
+from lumina_jax.sampling import pipeline as pipeline_module
 from lumina_jax.sampling.pipeline import Pipeline
 from lumina_jax.sampling.sampler import SamplerConfig
 
@@ -123,6 +124,15 @@ def test_a_mesh_draws_the_same_pictures(pipeline, mesh):
     prompts = ["cat", "dog", "cow"]  # fewer than the mesh has parts
     found = make_pipeline(**mesh)(prompts, output="float")
     np.testing.assert_allclose(found, pipeline(prompts, output="float"), atol=1e-4)
+
+
+def test_slots_that_no_prompt_of_a_call_needs_are_left_out(pipeline, monkeypatch):
+    expected = pipeline(["cat", ""], output="float")
+    monkeypatch.setattr(pipeline_module, "SLOTS_STEP", 4)
+    ids, mask = pipeline._tokenize(["cat", ""])  # four tokens and one, of six slots
+    assert ids.shape == mask.shape == (2, 4)
+    assert pipeline._tokenize(["horse"])[0].shape == (1, 6)
+    np.testing.assert_allclose(pipeline(["cat", ""], output="float"), expected, atol=1e-5)
 
 
 def test_parts_that_do_not_belong_together_are_refused(pipeline):
