@@ -1,7 +1,10 @@
 """A small autoencoder of the pictures of tiny.py.
 
-python tools/prepare_data.py openmoji --output=data/openmoji --flagfile=configs/tiny_data.flags
-python -m lumina_jax.train_vae --config=configs/vae_tiny.py --workdir=runs/vae
+    python tools/prepare_data.py openmoji --output=data/openmoji --flagfile=configs/tiny_data.flags
+    python -m lumina_jax.train_vae --config=configs/vae_tiny.py --workdir=runs/vae
+
+Latents a quarter as wide and high, of four channels. On two cores of a shared server with other
+programs running: 7 minutes, 3.8 steps/s; the 64 pictures come back at 35.7 dB, the worst at 32.6.
 """
 
 from ml_collections import ConfigDict, config_dict
