@@ -29,12 +29,22 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.directory = ""  # of a data set made by tools/prepare_data.py
+    # Or several to mix, by a name: {"photos": {"directory": ..., "weight": 0.7}, ...}. Weights are
+    # shares of the rows; without any, all records are equally likely. Each may have a system_prompt
+    # of its own.
+    data.datasets = ConfigDict()
     data.resolution = 1024  # pixels; a picture has at most as many tokens as a square of this side
     data.buckets = ()  # such as ("1024x1024", "1232x832"); all of the data set's by default
-    data.languages = ()  # of the captions; all by default
-    # How often each kind of caption is taken, among those that a picture has.
+    # How often each kind of caption is taken, among those that a picture has, and then each
+    # language of that kind, such as {"en": 0.8, "zh": 0.2}. Without, each caption is as likely.
     data.kinds = ConfigDict({"long": 1.0, "medium": 1.0, "short": 1.0, "tags": 1.0})
+    data.languages = ConfigDict()
+    data.shuffle_tags = False  # captions of tags: in another order each time
     data.caption_dropout = 0.1  # how often a caption is replaced by nothing
+    data.dropout_keeps_system_prompt = False  # by the system prompt alone instead
+    # Text slots of a batch, by the kind of its captions, such as {"long": 256, "short": 64}: then
+    # all of a batch are of one kind. Without, text_encoder.max_tokens for all.
+    data.text_slots = ConfigDict()
     # The text before every caption, by its name in lumina_jax/system_prompts.py: base, real, align,
     # aesthetics, 4grid or empty. The official fine-tuning takes base for ordinary captions.
     data.system_prompt = "base"

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
 
     config.data.directory = "data/openmoji"
     config.data.resolution = 32
-    config.data.languages = LANGUAGES
+    config.data.languages = ConfigDict(dict.fromkeys(LANGUAGES, 1.0))
     config.data.system_prompt = "empty"  # sixteen tokens have no room for one
     config.data.num_threads = 1
     config.data.prefetch = 4

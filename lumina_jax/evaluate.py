@@ -39,12 +39,16 @@ def evaluate(path: str, data: str | None, *, num_prompts: int, batch_size: int, 
         raise InputError(
             f"{path} was not trained here on pictures with captions: nothing to count."
         )
-    pictures = list(read_pictures(data or config["data"]["directory"]))
+    directory = data or config["data"]["directory"]
+    if not directory:
+        raise InputError(f"{path} was trained on a mixture of data sets; name one with --data.")
+    pictures = list(read_pictures(directory))
     pipeline = Pipeline.from_checkpoint(path)
     output = epath.Path(path) / "evaluation"
 
     there = {caption.language for picture in pictures for caption in picture["captions"]}
-    trained = set(config["data"]["languages"]) or there
+    weights = config["data"]["languages"]
+    trained = {language for language, weight in weights.items() if weight > 0} or there
     if missing := sorted(trained - there):
         raise InputError(
             f"The run was trained on captions in {', '.join(missing)}, which the data set "

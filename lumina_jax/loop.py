@@ -56,8 +56,8 @@ class Trainer(Protocol):
     def counts(self) -> dict[str, int]:
         """What has been counted since the start, for the log."""
 
-    def make_meter(self) -> metrics.Meter:
-        """Knows how many pictures and operations a step has."""
+    def flops(self, host_batch: dict) -> float:
+        """The operations of a step with this batch, forward and backward, on all devices."""
 
     def overview(self) -> str:
         """The parameters, as a table."""
@@ -134,30 +134,35 @@ class Report:
     """
 
     def __init__(self, trainer: Trainer, writer: metrics.Writer):
-        self.meter = trainer.make_meter()
+        self.meter = metrics.Meter(
+            batch_size=trainer.config.train.batch_size,
+            peak=metrics.peak_flops(jax.local_devices()[0]) * jax.device_count(),
+        )
         self.text = self._speed = ""
         self.writer = writer
         self._trainer = trainer
-        self._pending: tuple[int, dict] | None = None
+        self._flops = 0.0  # of the batch that was taken last
+        self._pending: tuple[int, dict, float] | None = None
         self._since_line: int | None = None  # the newest step that no line has yet
 
     def timed_next(self, batches: Iterator[dict]) -> dict:
         began = time.perf_counter()
         batch = next(batches)
         self.meter.add_input_wait(time.perf_counter() - began)
+        self._flops = self._trainer.flops(batch)
         return batch
 
     def add(self, step: int, step_metrics: dict) -> None:
         """Takes the metrics of a step just begun, and reads those of the step before."""
         self.catch_up()
-        self._pending = step, step_metrics
+        self._pending = step, step_metrics, self._flops
 
     def catch_up(self) -> None:
         """Reads the metrics that are still on the device, which waits for their step."""
         if self._pending is None:
             return
-        (step, step_metrics), self._pending = self._pending, None
-        loss, grad_norm = self.meter.add(step_metrics)
+        (step, step_metrics, flops), self._pending = self._pending, None
+        loss, grad_norm = self.meter.add(step_metrics, flops)
         self._since_line = step
         sound = math.isfinite(loss) and math.isfinite(grad_norm)
         if not sound or step % self._trainer.config.train.log_every == 0:

@@ -59,18 +59,17 @@ class Meter:
 
     Args:
       batch_size: Pictures in a step.
-      flops_per_step: Of the model, see `next_dit.forward_flops`.
       peak: FLOP/s of all devices together.
     """
 
-    def __init__(self, *, batch_size: int, flops_per_step: int | float, peak: float):
+    def __init__(self, *, batch_size: int, peak: float):
         self._batch_size = batch_size
-        self._flops_per_step = flops_per_step
         self._peak = peak
         self._start()
 
     def _start(self):
         self._steps: list[dict[str, np.ndarray]] = []
+        self._flops = 0.0
         self._input_wait = 0.0
         self._since = time.perf_counter()
 
@@ -81,8 +80,12 @@ class Meter:
         """Leaves out time that was not training, such as drawing sample pictures."""
         self._since += seconds
 
-    def add(self, step_metrics: dict[str, Any]) -> tuple[float, float]:
-        """Takes the metrics of one step off the device; returns its loss and gradient norm."""
+    def add(self, step_metrics: dict[str, Any], flops: float) -> tuple[float, float]:
+        """Takes the metrics of one step off the device; returns its loss and gradient norm.
+
+        `flops` are those of the model in this step, see `next_dit.forward_flops`.
+        """
+        self._flops += flops
         step_metrics = jax.device_get(step_metrics)  # all transfers at once
         self._steps.append(step_metrics)
         return float(step_metrics["loss"]), float(step_metrics["grad_norm"])
@@ -99,7 +102,7 @@ class Meter:
                 scalars[name] = float(values.mean())
         scalars["steps_per_second"] = len(steps) / seconds
         scalars["images_per_second"] = len(steps) * self._batch_size / seconds
-        scalars["mfu"] = len(steps) * self._flops_per_step / seconds / self._peak
+        scalars["mfu"] = self._flops / seconds / self._peak
         scalars["input_wait"] = self._input_wait / seconds
         self._start()
         return scalars

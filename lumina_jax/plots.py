@@ -1,11 +1,13 @@
-"""The picture of a run, drawn from the `metrics.jsonl` that it writes.
+"""The pictures of a run, drawn from the `metrics.jsonl` that it writes, and of prepared data.
 
-One large panel, the loss against the step, and three small ones: the learning rate, the norm of the
-gradient, and the loss against t (0 is noise, 1 is data), where a fault of the flow shows first.
+Of a run: one large panel, the loss against the step, and three small ones: the learning rate, the
+norm of the gradient, and the loss against t (0 is noise, 1 is data), where faults of the flow show
+first.
 """
 
 import io
 import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -13,6 +15,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from lumina_jax import files
+from lumina_jax.data.plan import Report
+from lumina_jax.data.records import Manifest
 from lumina_jax.errors import InputError
 
 _LINE, _RAW, _GRID, _FAINT = "#2563a8", "#a9c6e4", "#ececec", "#757575"
@@ -38,6 +42,59 @@ def loss_curve(metrics_path: epath.PathLike, output_path: epath.PathLike) -> Non
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
     files.write(output_path, png.getvalue())
+
+
+def prepared_data(
+    manifests: Sequence[Manifest], report: Report, output_path: epath.PathLike
+) -> None:
+    """Draws what became of the pictures as a PNG: buckets from wide to tall, and rejections."""
+    reasons = sorted({reason for rejected in report.rejected for reason in rejected})
+    num_bars = max([len(reasons), *(len(manifest.splits) for manifest in manifests)])
+    num_panels = len(manifests) + bool(reasons)
+    figure = Figure(figsize=(4.5 * num_panels, 1.6 + 0.2 * num_bars), layout="constrained")
+    panels = figure.subplots(1, num_panels, squeeze=False)[0]
+    for panel, manifest in zip(panels, manifests, strict=False):
+        splits = sorted(manifest.splits, key=lambda s: s.bucket.height / s.bucket.width)
+        _plot_counts(panel, {str(s.bucket): {"": s.num_records} for s in splits})
+        panel.set_title(
+            f"{manifest.num_records:,} records at {manifest.resolution} px",
+            loc="left",
+            fontsize=10,
+        )
+    if reasons:
+        columns = [
+            (f"{m.resolution} px", r) for m, r in zip(manifests, report.rejected, strict=True)
+        ]
+        if all(rejected == report.rejected[0] for rejected in report.rejected):
+            columns = columns[:1]  # resolutions differ only in what is too small
+        _plot_counts(
+            panels[-1],
+            {reason: {name: r.get(reason, 0) for name, r in columns} for reason in reasons},
+        )
+        panels[-1].set_title(f"rejected, of {report.num_read:,} read", loc="left", fontsize=10)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    files.write(output_path, png.getvalue())
+
+
+def _plot_counts(panel, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Horizontal bars with their numbers; several for each name where there are series."""
+    series = list(next(iter(counts.values())))
+    height = 0.8 / len(series)
+    for number, which in enumerate(series):
+        values = [of_name[which] for of_name in counts.values()]
+        places = np.arange(len(values)) + (number - (len(series) - 1) / 2) * height
+        shade = 1 - 0.3 * number
+        bars = panel.barh(places, values, height, color=_LINE, alpha=shade, label=which)
+        labels = [f"{value:,}" if value else "" for value in values]
+        panel.bar_label(bars, labels, padding=3, fontsize=8, color=_FAINT)
+    panel.set_yticks(range(len(counts)), list(counts), fontsize=8)
+    panel.set_ylim(max(len(counts), 8) - 0.4, -0.6)  # a few bars are not to fill a page
+    panel.margins(x=0.15)
+    panel.xaxis.set_visible(False)
+    panel.spines[["top", "right", "bottom"]].set_visible(False)
+    if len(series) > 1:
+        panel.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from lumina_jax import checkpoint, cli, distributed, files, flow, loop, metrics, optim, sharding
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import CaptionPolicy
-from lumina_jax.data.loader import Loader
+from lumina_jax.data.loader import Dataset, Loader
 from lumina_jax.data.records import num_tokens
 from lumina_jax.errors import InputError
 from lumina_jax.frozen import cache
@@ -94,9 +94,11 @@ class Trainer:
         data = self.config.data.to_dict()
         for key in ("directory", "num_threads", "prefetch"):
             del data[key]
+        for dataset in data["datasets"].values():
+            del dataset["directory"]
         return {
             **checkpoint.plain(data),
-            "fingerprint": self.loader.manifest.fingerprint,
+            "fingerprint": self.loader.fingerprint,
             "seed": self.config.seed,
             "batch_size": self.config.train.batch_size,
             # Not their paths: the same files may lie elsewhere when the run goes on.
@@ -122,7 +124,7 @@ class Trainer:
         for bucket in self.loader.buckets:
             if fault := bucket_fault(bucket, downscale, patch_size, slots, pooled=pooled):
                 raise InputError(
-                    f"Bucket {bucket} of {config.data.directory} {fault}, or name other buckets in "
+                    f"Bucket {bucket} of the data {fault}, or name other buckets in "
                     f"config.data.buckets."
                 )
         return slots
@@ -198,7 +200,7 @@ class Trainer:
 
     def counts(self) -> dict[str, int]:
         return {
-            "captions_cut": self.text_encoder.num_truncated,
+            "captions_cut": self.text_encoder.num_truncated + self.loader.num_features_cut,
             "records_replaced": self.loader.num_replaced,
         }
 
@@ -207,19 +209,14 @@ class Trainer:
             next_dit.abstract_params(self.model), include_stats=False
         )
 
-    def make_meter(self) -> metrics.Meter:
-        slots = [self.num_slots]
+    def flops(self, host_batch: dict) -> float:
+        """The operations of a step with this batch, forward and backward, on all devices."""
+        image_slots = [self.num_slots]
         if self.config.flow.auxiliary_weight:
-            slots.append(self.num_slots // 16)
-        forward = sum(
-            next_dit.forward_flops(self.model, num, self.text_encoder.max_tokens) for num in slots
-        )
-        batch_size = self.config.train.batch_size
-        return metrics.Meter(
-            batch_size=batch_size,
-            flops_per_step=3 * forward * batch_size,
-            peak=metrics.peak_flops(jax.local_devices()[0]) * jax.device_count(),
-        )
+            image_slots.append(self.num_slots // 16)
+        text_slots = host_batch["token_mask"].shape[1]
+        forward = sum(next_dit.forward_flops(self.model, num, text_slots) for num in image_slots)
+        return 3.0 * forward * self.config.train.batch_size
 
 
 def bucket_fault(
@@ -262,29 +259,66 @@ def make_loader(config: ConfigDict, text_encoder: TextEncoder, autoencoder: Auto
     data = config.data
     policy = CaptionPolicy(
         kinds=dict(data.kinds),
-        languages=tuple(data.languages),
+        languages=dict(data.languages),
         dropout=data.caption_dropout,
+        dropout_keeps_system_prompt=data.dropout_keeps_system_prompt,
         system_prompt=data.system_prompt,
+        shuffle_tags=data.shuffle_tags,
     )
+    datasets = make_datasets(data)
     loader = Loader(
-        data.directory,
+        datasets,
         batch_size=config.train.batch_size,
         seed=config.seed,
         tokenize=text_encoder.tokenize,
         policy=policy,
         buckets=[Bucket.parse(name) for name in data.buckets],
         features=data.cached,
+        text_slots=dict(data.text_slots),
         num_threads=data.num_threads,
         prefetch=data.prefetch,
     )
-    cache.check(
-        loader.manifest,
-        data.cached,
-        text_encoder=text_encoder,
-        autoencoder=autoencoder,
-        system_prompt=data.system_prompt,
-    )
+    for dataset, manifest in zip(datasets, loader.manifests, strict=True):
+        cache.check(
+            manifest,
+            data.cached,
+            text_encoder=text_encoder,
+            autoencoder=autoencoder,
+            system_prompt=dataset.system_prompt or data.system_prompt,
+        )
+    if len(datasets) > 1:
+        for dataset, share, manifest in zip(datasets, loader.shares, loader.manifests, strict=True):
+            seen = share * config.train.num_steps * config.train.batch_size / manifest.num_records
+            logging.info(
+                "%.1f %% of the rows are of %s: the run takes each of its %d records %.2f times.",
+                100 * share, dataset.directory, manifest.num_records, seen,
+            )  # fmt: skip
     return loader
+
+
+def make_datasets(data: ConfigDict) -> list[Dataset]:
+    """The mixture that a config names, in the order of the names."""
+    if bool(data.directory) == bool(data.datasets):
+        raise InputError(
+            f"config.data.directory={data.directory!r} and config.data.datasets name "
+            f"{len(data.datasets)} data set(s). Give either one directory, or datasets to mix; "
+            "tools/prepare_data.py makes them."
+        )
+    if data.directory:
+        return [Dataset(data.directory)]
+    faults = [
+        f"{name}.{key}"
+        for name, dataset in sorted(data.datasets.items())
+        for key in dataset
+        if key not in {field.name for field in dataclasses.fields(Dataset)}
+    ]
+    faults += [name for name, dataset in data.datasets.items() if not dataset.get("directory")]
+    if faults:
+        raise InputError(
+            f"config.data.datasets: {', '.join(faults)}: each has a directory, and may have a "
+            "weight and a system_prompt, and nothing else."
+        )
+    return [Dataset(**data.datasets[name]) for name in sorted(data.datasets)]
 
 
 def train(config: ConfigDict, workdir: str) -> TrainState:
@@ -307,8 +341,6 @@ def _check_numbers(config: ConfigDict) -> None:
         )
     if preview.every and not preview.prompts:
         faults.append("preview.prompts is empty; name one, or set preview.every=0")
-    if not config.data.directory:
-        faults.append("data.directory is empty; make a data set with tools/prepare_data.py")
     if config.flow.time_shift is not None and config.flow.time_shift <= 0:
         faults.append(
             f"flow.time_shift={config.flow.time_shift} must be positive; 1 shifts nothing"

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lumina_jax import checkpoint, cli, distributed, files, loop, metrics, optim, sharding
 from lumina_jax.data.buckets import Bucket
-from lumina_jax.data.loader import Loader, read_pictures
+from lumina_jax.data.loader import Dataset, Loader, read_pictures
 from lumina_jax.errors import InputError
 from lumina_jax.frozen.autoencoder import signed
 from lumina_jax.models import vae
@@ -64,7 +64,7 @@ class Trainer:
         self.cfg = VAEConfig.preset(changes.pop("preset"), **changes, **unscaled)
         self.mesh = sharding.make_mesh(**config.mesh)
         self.loader = Loader(
-            config.data.directory,
+            [Dataset(config.data.directory)],
             batch_size=config.train.batch_size,
             seed=config.seed,
             tokenize=no_tokens,
@@ -101,7 +101,7 @@ class Trainer:
             "config": config.to_dict(),
             "model": checkpoint.plain(dataclasses.asdict(self.cfg)),
             "data": {
-                "fingerprint": self.loader.manifest.fingerprint,
+                "fingerprint": self.loader.fingerprint,
                 "buckets": [str(bucket) for bucket in self.loader.buckets],
                 "seed": config.seed,
                 "batch_size": config.train.batch_size,
@@ -171,18 +171,11 @@ class Trainer:
             vae.abstract_params(self.cfg), include_stats=False
         )
 
-    def make_meter(self) -> metrics.Meter:
-        splits = [s for s in self.loader.manifest.splits if s.bucket in self.loader.buckets]
-        forward = sum(
-            split.num_records * sum(vae.forward_flops(self.cfg, *_size(split.bucket)))
-            for split in splits
-        ) / sum(split.num_records for split in splits)
-        batch_size = self.config.train.batch_size
-        return metrics.Meter(
-            batch_size=batch_size,
-            flops_per_step=3 * forward * batch_size,
-            peak=metrics.peak_flops(jax.local_devices()[0]) * jax.device_count(),
-        )
+    def flops(self, host_batch: dict) -> float:
+        """The operations of a step with this batch, forward and backward, on all devices."""
+        _, height, width, _ = host_batch["images"].shape
+        forward = sum(vae.forward_flops(self.cfg, *_size(Bucket(width, height))))
+        return 3.0 * forward * self.config.train.batch_size
 
     def measure(self, params: dict) -> dict[str, float | int]:
         """Mean and deviation of all latents of the data set, and how well it is reconstructed.

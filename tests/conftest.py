@@ -9,8 +9,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-from lumina_jax.data import openmoji
 from lumina_jax.data.buckets import Bucket
+from tests.small_data import make_emojis
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -27,5 +27,5 @@ BUCKETS = (Bucket(24, 40), Bucket(32, 32), Bucket(40, 24))
 def dataset(tmp_path_factory):
     """24 emojis at 32 px in three buckets. Read it; copy it to change it."""
     directory = tmp_path_factory.mktemp("data") / "emojis"
-    openmoji.prepare(directory, emojis=EMOJIS, resolution=32, buckets=BUCKETS)
+    make_emojis(directory, EMOJIS, BUCKETS)
     return directory

@@ -22,10 +22,10 @@ def step_metrics(loss, bin_index):
 def test_a_line_averages_its_steps_and_leaves_out_empty_bins(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    meter = metrics.Meter(batch_size=4, flops_per_step=3e9, peak=1e9)
-    assert meter.add(step_metrics(1.0, 0)) == (1.0, 1.0)
-    meter.add(step_metrics(3.0, 0))
-    meter.add(step_metrics(5.0, 19))
+    meter = metrics.Meter(batch_size=4, peak=1e9)
+    assert meter.add(step_metrics(1.0, 0), 3e9) == (1.0, 1.0)
+    meter.add(step_metrics(3.0, 0), 2e9)
+    meter.add(step_metrics(5.0, 19), 4e9)
     meter.add_input_wait(3.0)
     meter.exclude(2.0)
     now[0] = 14.0

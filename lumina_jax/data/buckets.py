@@ -78,22 +78,24 @@ def choose_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
 
 
 def resize_and_crop(image: Image.Image, bucket: Bucket) -> Image.Image:
-    """Returns the centre of a picture at exactly the bucket's size, in RGB on white."""
-    image = to_rgb(image)
+    """Returns the centre of an RGB picture at exactly the bucket's size.
+
+    Every step goes across first, then down, as Pillow itself did when upstream used it. Pillow 13
+    chooses the order by the shape of the picture, and with it how the pixels are rounded.
+    """
     # Halving by box first: bicubic alone would skip pixels when it shrinks by more than two.
     while image.width >= 2 * bucket.width and image.height >= 2 * bucket.height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        image = _halve(image)
     scale = max(bucket.width / image.width, bucket.height / image.height)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
-    left, top = (image.width - bucket.width) // 2, (image.height - bucket.height) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - bucket.width) // 2, (height - bucket.height) // 2
     return image.crop((left, top, left + bucket.width, top + bucket.height))
 
 
 def pad_to_fit(image: Image.Image, bucket: Bucket) -> Image.Image:
-    """Returns the whole picture at exactly the bucket's size, with white on two sides."""
-    image = to_rgb(image)
+    """Returns the whole of an RGB picture at exactly the bucket's size, with white on two sides."""
     width = max(image.width, math.ceil(image.height * bucket.width / bucket.height))
     height = max(image.height, math.ceil(image.width * bucket.height / bucket.width))
     canvas = Image.new("RGB", (width, height), "white")
@@ -101,10 +103,12 @@ def pad_to_fit(image: Image.Image, bucket: Bucket) -> Image.Image:
     return resize_and_crop(canvas, bucket)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns an RGB picture, with what is transparent on white."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _halve(image: Image.Image) -> Image.Image:
+    """Does what resize by box does, bit for bit, and where a side is even three times as fast."""
+    for across, down in ((2, 1), (1, 2)):
+        if image.width % across or image.height % down:
+            size = image.width // across, image.height // down
+            image = image.resize(size, Image.Resampling.BOX)
+        else:
+            image = image.reduce((across, down))
+    return image

@@ -1,22 +1,30 @@
 """Captions of a picture, and the policy that chooses the one to train on.
 
 A picture has captions of several kinds (long, medium, short, tags) and languages. Each time it is
-seen, the policy draws a kind by weight among the kinds the picture has, then one of its captions of
-that kind, and puts the system prompt before it. With the dropout probability the text is ""
-instead, without a system prompt: that is what the unconditional branch of classifier-free guidance
-learns from.
+seen, the policy draws a kind by weight among the kinds the picture has, a language by weight among
+those of that kind, then one of these captions, and puts the system prompt before it. With the
+dropout probability the text is "" instead: that is what the unconditional branch of classifier-free
+guidance learns from.
+
+It runs for every picture of training, under Python's lock: no numpy here, whose calls on five
+numbers would cost more than all the rest.
 """
 
 import dataclasses
 import math
+import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
+from jaxtyping import Float
 
 from lumina_jax.errors import InputError
 from lumina_jax.system_prompts import prefixed
 
 KINDS = ("long", "medium", "short", "tags")
+_TAG = re.compile(r"[^\s,，、](?:[^,，、]*[^\s,，、])?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,67 +40,122 @@ class CaptionPolicy:
 
     Args:
         kinds: weight of each kind; a kind that is not named is never chosen.
-        languages: the languages allowed; () allows all.
-        dropout: probability of the empty text.
+        languages: weight of each language; one that is not named is never chosen. Empty: all are
+            allowed, and each caption of the kind is as likely as the others.
+        dropout: probability that there is no caption.
+        dropout_keeps_system_prompt: without a caption the text is the system prompt alone, not "".
         system_prompt: name of the text before every caption; see lumina_jax/system_prompts.py.
+        shuffle_tags: the tags of a caption of that kind come in a new order each time.
     """
+
+    NUM_DRAWS: ClassVar[int] = 5  # uniforms that one choice consumes
 
     kinds: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(KINDS, 1.0)
     )
-    languages: Sequence[str] = ()
+    # A sequence is what was given before there were weights; it is refused with what to write now.
+    languages: Mapping[str, float] | Sequence[str] = dataclasses.field(default_factory=dict)
     dropout: float = 0.1
+    dropout_keeps_system_prompt: bool = False
     system_prompt: str = "empty"
+    shuffle_tags: bool = False
 
     def __post_init__(self):
         if unknown := sorted(set(self.kinds) - set(KINDS)):
             raise InputError(
                 f"Unknown caption kinds {', '.join(unknown)}; the kinds are {', '.join(KINDS)}."
             )
-        weights = self.kinds.values()
-        if not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights) > 0:
+        if not isinstance(self.languages, Mapping):
             raise InputError(
-                f"Caption kind weights {dict(self.kinds)} must be zero or more, and one must be "
-                "above zero."
+                f"Caption languages {self.languages!r} have no weights; give one to each, such as "
+                "{'en': 1.0, 'zh': 1.0}, or {} for all."
             )
-        if isinstance(self.languages, str):
-            raise InputError(
-                f"Caption languages {self.languages!r} is one string; give a tuple of codes, such "
-                "as ('en', 'zh')."
-            )
+        for name, weights in (("kind", self.kinds), ("language", self.languages)):
+            values = weights.values()
+            nothing = sum(values) == 0 and (weights or name == "kind")
+            if nothing or not all(math.isfinite(w) and w >= 0 for w in values):
+                raise InputError(
+                    f"Caption {name} weights {dict(weights)} must be zero or more, and one must be "
+                    "above zero."
+                )
         if not 0 <= self.dropout <= 1:
             raise InputError(f"Caption dropout {self.dropout} is not a probability; give 0 to 1.")
         prefixed("", self.system_prompt)  # refuses a name that does not exist
 
     def allows(self, kind: str, language: str) -> bool:
-        return self.kinds.get(kind, 0) > 0 and (not self.languages or language in self.languages)
+        return self.kinds.get(kind, 0) > 0 and (
+            not self.languages or self.languages.get(language, 0) > 0
+        )
 
-    def choose(self, captions: Sequence[Caption], rng: np.random.Generator) -> int | None:
-        """Returns the index of the caption to train on this time, None for the empty text.
+    def draw_kind(self, draw: float) -> str:
+        """Returns a kind by weight, for all pictures of a batch; `draw` is a uniform in [0, 1)."""
+        return _pick({kind: self.kinds[kind] for kind in KINDS if self.kinds.get(kind)}, draw)
 
-        The same generator state makes the same choice.
+    def choose(
+        self, captions: Sequence[Caption], draws: Float[np.ndarray, " D"], kind: str | None = None
+    ) -> int | None:
+        """Returns the index of the caption to train on this time, None when it is dropped.
+
+        Args:
+            captions: of one picture.
+            draws: its `NUM_DRAWS` uniforms in [0, 1); equal ones make the same choice.
+            kind: what `draw_kind` gave to the whole batch; a picture that lacks it draws its own.
         """
-        allowed = [i for i, c in enumerate(captions) if self.allows(c.kind, c.language)]
-        if not allowed:
+        dropout_draw, kind_draw, language_draw, caption_draw, _ = draws.tolist()
+        of_kind: dict[str, list[int]] = {}
+        for index, caption in enumerate(captions):
+            if self.allows(caption.kind, caption.language):
+                of_kind.setdefault(caption.kind, []).append(index)
+        if not of_kind:
             has = describe_pairs((c.kind, c.language) for c in captions)
             raise InputError(f"A picture has {has}; {self} allows none of them.")
-        if rng.random() < self.dropout:
+        if dropout_draw < self.dropout:
             return None
-        kinds = [kind for kind in KINDS if any(captions[i].kind == kind for i in allowed)]
-        weights = np.array([self.kinds[kind] for kind in kinds], np.float64)
-        kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
-        of_kind = [i for i in allowed if captions[i].kind == kind]
-        return of_kind[rng.integers(len(of_kind))]
+        if kind not in of_kind:
+            kind = _pick({kind: self.kinds[kind] for kind in of_kind}, kind_draw)
+        allowed = of_kind[kind]
+        if self.languages:
+            languages = [captions[index].language for index in allowed]
+            weights = {language: self.languages[language] for language in languages}
+            language = _pick(weights, language_draw)
+            allowed = [index for index in allowed if captions[index].language == language]
+        return allowed[int(caption_draw * len(allowed))]
 
-    def text(self, captions: Sequence[Caption], chosen: int | None) -> str:
-        """Returns what the text encoder reads when `choose` has chosen."""
-        return "" if chosen is None else prefixed(captions[chosen].text, self.system_prompt)
+    def text(
+        self, captions: Sequence[Caption], chosen: int | None, draws: Float[np.ndarray, " D"]
+    ) -> str:
+        """Returns what the text encoder reads when `choose` has chosen with the same draws."""
+        if chosen is None:
+            return prefixed("", self.system_prompt) if self.dropout_keeps_system_prompt else ""
+        caption = captions[chosen]
+        text = caption.text
+        if self.shuffle_tags and caption.kind == "tags":
+            text = _shuffle_tags(text, draws.item(-1))
+        return prefixed(text, self.system_prompt)
 
     def __str__(self) -> str:
-        kinds = ", ".join(kind for kind, weight in self.kinds.items() if weight > 0)
-        return (
-            f"the caption policy (kinds: {kinds}; languages: {', '.join(self.languages) or 'all'})"
+        kinds, languages = (
+            ", ".join(name for name, weight in weights.items() if weight > 0)
+            for weights in (self.kinds, self.languages)
         )
+        return f"the caption policy (kinds: {kinds}; languages: {languages or 'all'})"
+
+
+def _pick(weights: Mapping[str, float], draw: float) -> str:
+    """One of the names, by weight; the weights are positive."""
+    rest = draw * sum(weights.values())
+    for name, weight in weights.items():  # noqa: B007, the last one takes what rounding leaves
+        rest -= weight
+        if rest < 0:
+            break
+    return name
+
+
+def _shuffle_tags(text: str, draw: float) -> str:
+    """The tags in another order; what stands between them, of any style, stays where it is."""
+    tags = _TAG.findall(text)
+    random.Random(int(draw * 2**53)).shuffle(tags)
+    return _TAG.sub(lambda _: tags.pop(), text)
 
 
 def describe_pairs(pairs: Iterable[tuple[str, str]]) -> str:

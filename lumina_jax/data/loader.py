@@ -1,41 +1,66 @@
 """The loader: the global batch of step k is a function of (seed, k) and of nothing else.
 
-Each bucket is an endless shuffled stream of rows. Batch j of a bucket is its rows j*B to (j+1)*B,
-of which process p of n reads and decodes only its own contiguous share, so that
+    step k -> a bucket, and how many batches of it there were before: j
+    (bucket, j) -> the rows j*B to (j+1)*B of the bucket's endless stream
+    row -> (dataset, record), from a shuffle of each dataset and a mixture by weight
+    (bucket, j) -> random numbers of each row, which choose its caption
+
+Of these rows process p of n reads and decodes only its own contiguous share, so that
 
     jax.make_array_from_process_local_data(sharding, batch["images"])
 
-assembles the same global batch, row by row, on any number of processes. The batches of all buckets
-are then mixed in proportion to their records: every process meets the same bucket at the same step,
-and one integer, the step, is the whole state of the data.
+assembles the same global batch, row by row, on any number of processes. Every process meets the
+same bucket at the same step, and one integer, the step, is the whole state of the data.
 """
 
-import functools
-import io
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
-from jaxtyping import Bool, Int32, UInt8
-from PIL import Image
+from jaxtyping import Bool, Int32
+from ml_dtypes import bfloat16
 
+from lumina_jax.data import images, order, records
 from lumina_jax.data.buckets import Bucket
-from lumina_jax.data.captions import Caption, CaptionPolicy, describe_pairs
-from lumina_jax.data.records import CACHES, REMAKE, CapFeatsCache, Manifest, Split
+from lumina_jax.data.captions import CaptionPolicy, describe_pairs
+from lumina_jax.data.records import CACHES, REMAKE, Manifest, Record, Records, Split
 from lumina_jax.errors import InputError
 
-Tokenize = Callable[[Sequence[str]], tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]]
+Tokenize = Callable[..., tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]]
+
+_NUM_BATCHES = 2**48  # of a bucket: for ever, but few enough for Grain to add up
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A part of the mixture.
+
+    Args:
+        directory: where a manifest.json is.
+        weight: its share of the rows, relative to the other datasets'; by default the number of its
+            records.
+        system_prompt: the name of the text before its captions, where it is not the policy's.
+    """
+
+    directory: str
+    weight: float | None = None
+    system_prompt: str | None = None
 
 
 class Loader:
-    """Batches of a dataset directory, by step.
+    """Batches of a mixture of datasets, by step.
 
     A batch is this process's share of a global batch: `images` uint8 [b, H, W, 3], `token_ids`
     int32 [b, S], `token_mask` bool [b, S], `ids` (the records' ids, objects [b]) and `captions`
@@ -44,11 +69,16 @@ class Loader:
     captions are the same.
 
     Args:
-        directory: where a manifest.json is.
+        datasets: to mix.
         batch_size: of the global batch.
-        tokenize: texts -> (token_ids, token_mask). It is called from several threads at once.
+        tokenize: texts, and S if there are `text_slots` -> (token_ids, token_mask). It is called
+            from several threads at once.
+        policy: chooses captions.
         buckets: the buckets to train on; () takes all that have records.
         features: the cached features to read: "latents", "cap_feats" or both.
+        text_slots: S for each caption kind. Then all rows of a batch have captions of one kind,
+            where they have any of it, and texts are cut to its slots. Without, S is what `tokenize`
+            gives.
         num_threads: batches that are made at the same time.
         prefetch: batches that wait in memory.
         process_index, process_count: of which share this is; by default those of JAX.
@@ -56,7 +86,7 @@ class Loader:
 
     def __init__(
         self,
-        directory: epath.PathLike,
+        datasets: Sequence[Dataset],
         *,
         batch_size: int,
         seed: int,
@@ -64,6 +94,7 @@ class Loader:
         policy: CaptionPolicy | None = None,
         buckets: Sequence[Bucket] = (),
         features: Sequence[str] = (),
+        text_slots: Mapping[str, int] | None = None,
         num_threads: int = 4,
         prefetch: int = 8,
         process_index: int | None = None,
@@ -71,67 +102,83 @@ class Loader:
     ):
         process_index = jax.process_index() if process_index is None else process_index
         process_count = jax.process_count() if process_count is None else process_count
-        if batch_size < 1 or batch_size % process_count:
-            below = batch_size - batch_size % process_count
-            nearest = [str(n) for n in (below, below + process_count) if n > 0]
-            raise InputError(
-                f"batch_size={batch_size} cannot be shared by {process_count} processes; nearest: "
-                f"{' and '.join(nearest)}."
-            )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index} of process_count={process_count}")
-        if num_threads < 1 or prefetch < 1:
-            raise InputError(
-                f"num_threads={num_threads} and prefetch={prefetch} must be 1 or more."
-            )
-        if seed < 0:
-            raise InputError(f"seed={seed} must be zero or more.")
+        _check_numbers(batch_size, seed, num_threads, prefetch, process_index, process_count)
         policy = policy or CaptionPolicy()
-        self.manifest = Manifest.load(directory)
-        _check_features(self.manifest, features, directory)
-        splits = _select_splits(self.manifest, buckets, directory)
-        _check_captions(splits, policy)
-        self.buckets = tuple(split.bucket for split in splits)
+        self.text_slots = dict(text_slots or {})
+        _check_text_slots(self.text_slots, policy)
+        _check_datasets(datasets)
+        self.manifests = tuple(Manifest.load(dataset.directory) for dataset in datasets)
+        chosen = _choose_splits(self.manifests, buckets, datasets)
+        for dataset, manifest, splits in zip(datasets, self.manifests, chosen, strict=True):
+            _check_features(manifest, features, policy, dataset.directory)
+            records.check_complete(dataset.directory, splits.values())
+            _check_captions(splits.values(), policy, dataset.directory)
+
+        counts = [sum(split.num_records for split in splits.values()) for splits in chosen]
+        weights = [
+            count if dataset.weight is None else dataset.weight
+            for dataset, count in zip(datasets, counts, strict=True)
+        ]
+        self.shares = tuple(weight / sum(weights) for weight in weights)
+        # Of all rows, those of a bucket that come from each dataset.
+        shares: dict[Bucket, dict[int, float]] = {}
+        for number, splits in enumerate(chosen):
+            if self.shares[number] > 0:
+                for bucket, split in splits.items():
+                    share = self.shares[number] * split.num_records / counts[number]
+                    shares.setdefault(bucket, {})[number] = share
+        self.buckets = tuple(sorted(shares))
+        self.num_features_cut = 0  # cached features that `text_slots` made shorter
+        self._tokenize, self._lock = tokenize, threading.Lock()
         self._undecodable = _Undecodable()
+
+        def batches_of(bucket: Bucket) -> grain.MapDataset:
+            return grain.MapDataset.source(
+                _BucketBatches(
+                    bucket,
+                    {
+                        number: _Pictures(
+                            datasets[number].directory,
+                            chosen[number][bucket],
+                            self.manifests[number],
+                            features,
+                            self._undecodable,
+                        )
+                        for number in shares[bucket]
+                    },
+                    shares[bucket],
+                    policies=policies,
+                    one_kind=bool(self.text_slots),
+                    seed=seed,
+                    batch_size=batch_size,
+                    process_index=process_index,
+                    process_count=process_count,
+                    finish=self._cap_feats if "cap_feats" in features else self._tokens,
+                )
+            )
+
+        policies = [
+            dataclasses.replace(policy, system_prompt=dataset.system_prompt)
+            if dataset.system_prompt
+            else policy
+            for dataset in datasets
+        ]
+        self._batches = grain.MapDataset.mix(
+            [batches_of(bucket) for bucket in self.buckets],
+            [sum(shares[bucket].values()) for bucket in self.buckets],
+        )
         # Grain's own defaults are meant for single records: they would hold 500 whole batches.
         self._read_options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=prefetch
         )
-        open_split = _opener(directory, splits, self._undecodable, self.manifest, features)
-        take_captions = functools.partial(_tokens, tokenize)
-        if "cap_feats" in features:
-            take_captions = functools.partial(_cap_feats, self.manifest.cache["cap_feats"])
-        local_size = batch_size // process_count
 
-        def choose_caption(picture: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-            captions = picture["captions"]
-            chosen = policy.choose(captions, rng)
-            row = picture | {"caption": policy.text(captions, chosen)}
-            if "cap_feats" in picture:
-                row["cap_feats"] = None if chosen is None else picture["cap_feats"][chosen]
-            return row
-
-        def batches_of(split: Split) -> grain.MapDataset:
-            # Each bucket has a seed of its own, which does not depend on the other buckets.
-            entropy = [seed, split.bucket.width, split.bucket.height]
-            rows = (
-                grain.MapDataset.source(open_split(split))
-                .seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-                .shuffle()
-                .repeat()
-                # Before the rows are shared out: its generator is seeded by the global row.
-                .random_map(choose_caption)
-            )
-            rows = _ProcessRows(rows, batch_size, process_index, process_count)
-            # Rows never end, so nothing is dropped; without it Grain rounds their number up, past
-            # the largest that Python's len() can return.
-            return rows.batch(
-                local_size, drop_remainder=True, batch_fn=lambda rows: _batch(rows, take_captions)
-            )
-
-        self._batches = grain.MapDataset.mix(
-            [batches_of(split) for split in splits], [split.num_records for split in splits]
-        )
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any byte of a picture or a caption, and with the shares of the datasets."""
+        if len(self.manifests) == 1:
+            return self.manifests[0].fingerprint
+        content = [[m.fingerprint, s] for m, s in zip(self.manifests, self.shares, strict=True)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
     def num_replaced(self) -> int:
@@ -155,98 +202,109 @@ class Loader:
         finally:
             batches.close()
 
+    def _tokens(self, rows: Sequence["_Row"], kind: str) -> dict[str, np.ndarray]:
+        slots = [self.text_slots[kind]] if self.text_slots else []
+        token_ids, token_mask = self._tokenize([row.text for row in rows], *slots)
+        return {
+            "token_ids": np.asarray(token_ids, np.int32),
+            "token_mask": np.asarray(token_mask, np.bool_),
+        }
 
-def read_pictures(directory: epath.PathLike) -> Iterator[dict[str, Any]]:
-    """Yields every picture once, in the order of the shards: `id`, `image` and `captions`."""
-    manifest = Manifest.load(directory)
-    splits = _select_splits(manifest, (), directory)
-    open_split = _opener(directory, splits, _Undecodable(), manifest)
-    for split in splits:
-        pictures = open_split(split)
-        yield from (pictures[index] for index in range(len(pictures)))
-
-
-def open_records(
-    directory: epath.PathLike, splits: Sequence[Split], names: Collection[str] = ()
-) -> Callable[[Split], "Records"]:
-    """Returns a function from a split to its records; `names` are the features to read, () all."""
-    builder = _open(directory, splits)
-    names = names or tuple(builder.info.features)
-    features = tfds.features.FeaturesDict({name: builder.info.features[name] for name in names})
-
-    def open_split(split: Split) -> Records:
-        raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        return Records(builder.as_data_source(split.name, deserialize_method=raw), features)
-
-    return open_split
-
-
-class Records:
-    """The records of a split as they are stored, by index: what is encoded stays in its bytes."""
-
-    def __init__(self, source: Sequence[Any], features: tfds.features.FeaturesDict):
-        self._source, self._features = source, features
-        skip = tfds.decode.SkipDecoding()
-        self._decoders = {name: skip for name in features if name == "image"}
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        # The features that are not asked for stay in the bytes of the record.
-        return self._features.deserialize_example_np(self._source[index], decoders=self._decoders)
+    def _cap_feats(self, rows: Sequence["_Row"], kind: str) -> dict[str, np.ndarray]:
+        """Pads the stored features on the right, as they were when they were made."""
+        cache = self.manifests[0].cache["cap_feats"]
+        slots = self.text_slots.get(kind, cache.max_tokens)
+        cap_feats = np.zeros((len(rows), slots, cache.feature_dim), bfloat16)
+        token_mask = np.zeros((len(rows), slots), np.bool_)
+        num_cut = 0
+        for index, row in enumerate(rows):
+            content = None if row.chosen is None else row.record.cap_feats[row.chosen]
+            stored = self.manifests[row.dataset].cache["cap_feats"].decode(content)
+            num_cut += len(stored) > slots
+            stored = stored[:slots]
+            cap_feats[index, : len(stored)] = stored
+            token_mask[index, : len(stored)] = True
+        with self._lock:
+            self.num_features_cut += num_cut
+        return {"cap_feats": cap_feats, "token_mask": token_mask}
 
 
-def captions_of(record: Mapping[str, Any]) -> list[Caption]:
-    """Returns the captions of a stored record."""
-    columns = (record["captions"][name] for name in ("text", "kind", "language"))
-    return [Caption(*(text.decode() for text in row)) for row in zip(*columns, strict=True)]
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Row:
+    """A record and the caption that was chosen for it; None for a dropped one."""
+
+    dataset: int
+    record: Record
+    chosen: int | None
+    text: str
 
 
-def decode_image(content: bytes, bucket: Bucket) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the pixels of a stored record's image."""
-    with Image.open(io.BytesIO(content)) as image:
-        if image.size != (bucket.width, bucket.height):
-            raise ValueError(f"the picture is {image.width}x{image.height}")
-        return np.array(image.convert("RGB"))
+class _BucketBatches:
+    """The batches of one bucket, by number; threads may share it.
 
-
-def _opener(
-    directory: epath.PathLike,
-    splits: Sequence[Split],
-    undecodable: "_Undecodable",
-    manifest: Manifest,
-    features: Collection[str] = (),
-) -> Callable[[Split], "_Pictures"]:
-    """Returns a function from a split to its decoded pictures, or to their cached latents."""
-    picture = "latents" if "latents" in features else "image"
-    decode = manifest.cache["latents"].decode if picture == "latents" else decode_image
-    names = dict.fromkeys(("id", "captions", picture, *features))
-    open_split = open_records(directory, splits, names)
-    return lambda split: _Pictures(open_split(split), split.bucket, picture, decode, undecodable)
-
-
-class _ProcessRows(grain.MapDataset):
-    """The rows of one process: its contiguous share of each global batch.
-
-    Grain's slice would deal rows out in turn, and the assembled batch would have another order for
-    every number of processes.
+    Args:
+        pictures: of the datasets that have any, by their number.
+        shares: of these, in the rows.
+        policies: of all datasets.
+        one_kind: whether the captions of a batch are of one kind.
+        finish: what stands for the texts in the batch, given the rows and their kind.
     """
 
-    def __init__(self, rows: grain.MapDataset, batch_size: int, index: int, count: int):
-        super().__init__(rows)
-        self._batch_size, self._local_size = batch_size, batch_size // count
-        self._offset = index * self._local_size
-        self._length = len(rows) // batch_size * self._local_size
+    def __init__(
+        self,
+        bucket: Bucket,
+        pictures: Mapping[int, "_Pictures"],
+        shares: Mapping[int, float],
+        *,
+        policies: Sequence[CaptionPolicy],
+        one_kind: bool,
+        seed: int,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+        finish: Callable[[Sequence[_Row], str], dict[str, np.ndarray]],
+    ):
+        self._pictures, self._policies, self._one_kind = pictures, policies, one_kind
+        self._finish = finish
+        self._batch_size = batch_size
+        local_size = batch_size // process_count
+        self._local = slice(process_index * local_size, (process_index + 1) * local_size)
+        # Each bucket of a dataset has a seed of its own, which does not depend on the others.
+        self._entropy = [seed, bucket.width, bucket.height]
+        self._shares = [shares[number] for number in pictures]
 
     def __len__(self) -> int:
-        return self._length
+        return _NUM_BATCHES
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        batch, row = divmod(index, self._local_size)
-        return self._parent[batch * self._batch_size + self._offset + row]
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        # The numbers of all rows are drawn, whoever reads them.
+        rng = np.random.default_rng([*self._entropy, number])
+        kind = self._policies[0].draw_kind(rng.random())
+        draws = rng.random((self._batch_size, CaptionPolicy.NUM_DRAWS))[self._local]
+        places = number * self._batch_size + np.arange(self._batch_size)[self._local]
+        streams, places = order.mixed(places, self._shares)
+
+        pixels = next(iter(self._pictures.values())).empty(len(places))
+        rows: list[Any] = [None] * len(places)
+        for stream, (dataset, pictures) in enumerate(self._pictures.items()):
+            mine = np.flatnonzero(streams == stream).tolist()
+            seed = np.random.SeedSequence([*self._entropy, dataset]).generate_state(1)[0]
+            indices = order.shuffled(places[mine], len(pictures), int(seed)).tolist()
+            policy = self._policies[dataset]
+            for row, record in zip(
+                mine, pictures.read(indices, [pixels[row] for row in mine]), strict=True
+            ):
+                captions = record.captions
+                chosen = policy.choose(captions, draws[row], kind if self._one_kind else None)
+                text = policy.text(captions, chosen, draws[row])
+                rows[row] = _Row(dataset, record, chosen, text)
+        name = "latents" if pixels.dtype == bfloat16 else "images"
+        return {
+            name: pixels,
+            **self._finish(rows, kind),
+            "ids": np.array([row.record.id for row in rows], object),
+            "captions": [row.text for row in rows],
+        }
 
 
 class _Undecodable:
@@ -254,18 +312,18 @@ class _Undecodable:
 
     def __init__(self):
         self.num_replaced = 0
-        self._ids: set[str] = set()
+        self._names: set[str] = set()
         self._lock = threading.Lock()
 
-    def add(self, record_id: str, bucket: Bucket, error: Exception) -> None:
+    def add(self, name: str, bucket: Bucket, error: Exception) -> None:
         with self._lock:
             self.num_replaced += 1
-            if record_id in self._ids:
+            if name in self._names:
                 return
-            self._ids.add(record_id)
+            self._names.add(name)
         logging.warning(
-            "Record %s of bucket %s cannot be decoded (%s: %s); the next one takes its place.",
-            record_id,
+            "%s of bucket %s cannot be decoded (%s: %s); the next one takes its place.",
+            name,
             bucket,
             type(error).__name__,
             error,
@@ -273,80 +331,144 @@ class _Undecodable:
 
 
 class _Pictures:
-    """The decoded records of one bucket, by index; threads may share it.
-
-    Args:
-        records: with the features `id`, `captions`, that of the picture, and others.
-        bucket: of all of them.
-        picture: the feature that is decoded, `image` or `latents`.
-        decode: it, given the bytes and the bucket.
-        undecodable: counts the failures.
-    """
+    """The decoded records of one bucket of a dataset, by index; threads may share it."""
 
     def __init__(
         self,
-        records: Records,
-        bucket: Bucket,
-        picture: str,
-        decode: Callable[[bytes, Bucket], np.ndarray],
+        directory: str,
+        split: Split,
+        manifest: Manifest,
+        features: Sequence[str],
         undecodable: _Undecodable,
     ):
-        self._records, self._bucket, self._undecodable = records, bucket, undecodable
-        self._picture, self._decode = picture, decode
+        self._records, self._bucket = Records(directory, split), split.bucket
+        self._latents = manifest.cache["latents"] if "latents" in features else None
+        self._undecodable = undecodable
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        for offset in range(len(self)):
-            record = self._records[(index + offset) % len(self)]
-            record_id = record["id"].decode()
+    def empty(self, size: int) -> np.ndarray:
+        """Room for the pictures of a batch, or for their latents."""
+        width, height = self._bucket.width, self._bucket.height
+        if self._latents is None:
+            return np.empty((size, height, width, 3), np.uint8)
+        scale = self._latents.downscale
+        return np.empty((size, height // scale, width // scale, self._latents.channels), bfloat16)
+
+    def read(self, indices: Sequence[int], out: Sequence[np.ndarray]) -> list[Record]:
+        """Decodes these records into arrays, and returns them, or those that replace them."""
+        try:
+            contents: Sequence[bytes | None] = self._records.read(indices)
+        except Exception:  # which of them it was, `_decode` finds out
+            contents = [None] * len(indices)
+        return [
+            self._decode(index, content, pixels)
+            for index, content, pixels in zip(indices, contents, out, strict=True)
+        ]
+
+    def _decode(self, index: int, content: bytes | None, out: np.ndarray) -> Record:
+        for _ in range(len(self)):
+            name = f"Record {index}"
             try:
-                picture = self._decode(record[self._picture], self._bucket)
+                record = Record(self._read_one(index) if content is None else content)
+                name = f"Record {record.id}"
+                if self._latents is None:
+                    images.decode_stored(record.image, out)
+                else:
+                    out[...] = self._latents.decode(record.latents, self._bucket)
+                return record
+            except InputError:
+                raise
             except Exception as error:  # what a decoder raises on damaged bytes is anything
-                self._undecodable.add(record_id, self._bucket, error)
-                continue
-            captions = captions_of(record)
-            return {**record, "id": record_id, self._picture: picture, "captions": captions}
+                self._undecodable.add(name, self._bucket, error)
+            index, content = (index + 1) % len(self), None
         raise InputError(
             f"None of the {len(self)} records of bucket {self._bucket} can be decoded. {REMAKE}"
         )
 
-
-def _batch(rows: Sequence[dict[str, Any]], take_captions: Callable) -> dict[str, Any]:
-    pictures = {
-        plural: np.stack([row[name] for row in rows])
-        for name, plural in (("image", "images"), ("latents", "latents"))
-        if name in rows[0]
-    }
-    return {
-        **pictures,
-        **take_captions(rows),
-        "ids": np.array([row["id"] for row in rows], object),
-        "captions": [row["caption"] for row in rows],
-    }
-
-
-def _tokens(tokenize: Tokenize, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    token_ids, token_mask = tokenize([row["caption"] for row in rows])
-    return {
-        "token_ids": np.asarray(token_ids, np.int32),
-        "token_mask": np.asarray(token_mask, np.bool_),
-    }
+    def _read_one(self, index: int) -> bytes:
+        """Reads a record of its own; what only the network did must not choose another one."""
+        for seconds in (0.1, 1.0, 10.0) if self._records.remote else ():
+            try:
+                return self._records[index]
+            except Exception as error:
+                logging.warning("Reading again in %g s, after: %s", seconds, error)
+                time.sleep(seconds)
+        try:
+            return self._records[index]
+        except Exception:
+            self._records.check_shard(index)
+            raise
 
 
-def _cap_feats(cache: CapFeatsCache, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Pads the stored features on the right, as they were when they were made."""
-    cap_feats = np.zeros((len(rows), cache.max_tokens, cache.feature_dim), jnp.bfloat16)
-    token_mask = np.zeros((len(rows), cache.max_tokens), np.bool_)
-    for index, row in enumerate(rows):
-        stored = cache.decode(row["cap_feats"])
-        cap_feats[index, : len(stored)] = stored
-        token_mask[index, : len(stored)] = True
-    return {"cap_feats": cap_feats, "token_mask": token_mask}
+def read_pictures(directory: epath.PathLike) -> Iterator[dict[str, Any]]:
+    """Yields every picture once, in the order of the shards: `id`, `image` and `captions`."""
+    manifest = Manifest.load(directory)
+    splits = [split for split in manifest.splits if split.num_records]
+    records.check_complete(directory, splits)
+    for split in splits:
+        pictures = _Pictures(os.fspath(directory), split, manifest, (), _Undecodable())
+        for index in range(len(pictures)):
+            (image,) = pictures.empty(1)
+            (record,) = pictures.read([index], [image])
+            yield {"id": record.id, "image": image, "captions": list(record.captions)}
 
 
-def _check_features(manifest: Manifest, features: Sequence[str], directory: epath.PathLike) -> None:
+def _check_numbers(
+    batch_size: int,
+    seed: int,
+    num_threads: int,
+    prefetch: int,
+    process_index: int,
+    process_count: int,
+) -> None:
+    if batch_size < 1 or batch_size % process_count:
+        below = batch_size - batch_size % process_count
+        nearest = [str(n) for n in (below, below + process_count) if n > 0]
+        raise InputError(
+            f"batch_size={batch_size} cannot be shared by {process_count} processes; nearest: "
+            f"{' and '.join(nearest)}."
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} of process_count={process_count}")
+    if num_threads < 1 or prefetch < 1:
+        raise InputError(f"num_threads={num_threads} and prefetch={prefetch} must be 1 or more.")
+    if seed < 0:
+        raise InputError(f"seed={seed} must be zero or more.")
+
+
+def _check_datasets(datasets: Sequence[Dataset]) -> None:
+    if not datasets:
+        raise InputError("No dataset is named. Make one with tools/prepare_data.py.")
+    weights = [dataset.weight for dataset in datasets]
+    given = [weight for weight in weights if weight is not None]
+    if given and len(given) < len(weights):
+        without = ", ".join(d.directory for d in datasets if d.weight is None)
+        raise InputError(
+            f"Some datasets have a weight, and {without} have none. Give one to each, or to none: "
+            "then each record is as likely as the others."
+        )
+    if given and (not all(math.isfinite(w) and w >= 0 for w in given) or not sum(given) > 0):
+        raise InputError(f"Dataset weights {given} must be zero or more, and one above zero.")
+
+
+def _check_text_slots(text_slots: Mapping[str, int], policy: CaptionPolicy) -> None:
+    if not text_slots:
+        return
+    kinds = [kind for kind, weight in policy.kinds.items() if weight > 0]
+    if missing := [kind for kind in kinds if kind not in text_slots]:
+        raise InputError(
+            f"text_slots {dict(text_slots)} name no slots for {', '.join(missing)} captions, which "
+            "the caption policy takes. Add them."
+        )
+    if any(slots < 1 for slots in text_slots.values()):
+        raise InputError(f"text_slots {dict(text_slots)} must be 1 or more.")
+
+
+def _check_features(
+    manifest: Manifest, features: Sequence[str], policy: CaptionPolicy, directory: str
+) -> None:
     if isinstance(features, str) or set(features) - set(CACHES):
         raise InputError(f"Cached features {features!r} are not a tuple of {' and '.join(CACHES)}.")
     if missing := [name for name in features if name not in manifest.cache]:
@@ -356,52 +478,49 @@ def _check_features(manifest: Manifest, features: Sequence[str], directory: epat
             f"tools/cache_features.py --features={','.join(features)}, or leave them out of "
             f"data.cached."
         )
-
-
-def _select_splits(
-    manifest: Manifest, buckets: Sequence[Bucket], directory: epath.PathLike
-) -> list[Split]:
-    """Returns the splits to train on, in the order of their size whatever the order asked for."""
-    by_bucket = {split.bucket: split for split in manifest.splits}
-    wanted = sorted(set(buckets) or by_bucket)
-    if missing := [bucket for bucket in wanted if bucket not in by_bucket]:
-        has = ", ".join(f"{split.bucket} ({split.num_records})" for split in manifest.splits)
+    if "cap_feats" in features and (policy.shuffle_tags or policy.dropout_keeps_system_prompt):
         raise InputError(
-            f"{directory} has no bucket {', '.join(map(str, missing))}; it has (records) {has}. "
+            "Cached cap_feats are of whole captions and of the empty text: tags cannot be shuffled "
+            "(data.shuffle_tags) and a dropped caption cannot keep its system prompt "
+            "(data.dropout_keeps_system_prompt). Switch these off, or leave cap_feats out of "
+            "data.cached."
+        )
+
+
+def _choose_splits(
+    manifests: Sequence[Manifest], buckets: Sequence[Bucket], datasets: Sequence[Dataset]
+) -> list[dict[Bucket, Split]]:
+    """Returns the splits with records to train on, of each dataset."""
+    directories = ", ".join(dataset.directory for dataset in datasets)
+    counts = collections.Counter()
+    for manifest in manifests:
+        counts.update({split.bucket: split.num_records for split in manifest.splits})
+    wanted = sorted(set(buckets) or counts)
+    if missing := [bucket for bucket in wanted if bucket not in counts]:
+        has = ", ".join(f"{bucket} ({count})" for bucket, count in sorted(counts.items()))
+        raise InputError(
+            f"{directories} has no bucket {', '.join(map(str, missing))}; it has (records) {has}. "
             "Choose among these, or make a dataset with the bucket: tools/prepare_data.py "
             "--buckets."
         )
-    if empty := [str(bucket) for bucket in wanted if not by_bucket[bucket].num_records]:
+    if empty := [str(bucket) for bucket in wanted if not counts[bucket]]:
         logging.info("Left out, because they have no records: buckets %s.", ", ".join(empty))
-    splits = [by_bucket[bucket] for bucket in wanted if by_bucket[bucket].num_records]
-    if not splits:
-        raise InputError(
-            f"The buckets {', '.join(map(str, wanted))} of {directory} have no records. Choose "
-            "others, or add pictures."
-        )
-    return splits
+    chosen = [
+        {s.bucket: s for s in manifest.splits if s.bucket in wanted and s.num_records}
+        for manifest in manifests
+    ]
+    for dataset, splits in zip(datasets, chosen, strict=True):
+        if not splits:
+            raise InputError(
+                f"The buckets {', '.join(map(str, wanted))} of {dataset.directory} have no "
+                "records. Choose others, or add pictures."
+            )
+    return chosen
 
 
-def _open(directory: epath.PathLike, splits: Sequence[Split]) -> tfds.core.DatasetBuilder:
-    """Opens the shards, and checks that all of them are there and hold what the manifest says."""
-    present = {path.name for path in epath.Path(directory).iterdir()}
-    faults = sorted({"dataset_info.json", "features.json"} - present)
-    if not faults:
-        builder = tfds.builder_from_directory(directory)
-        for split in splits:
-            if (info := builder.info.splits.get(split.name)) is None:
-                faults.append(f"split {split.name}")
-            elif info.num_examples != split.num_records:
-                faults.append(f"{split.num_records - info.num_examples} records of {split.name}")
-            else:
-                faults.extend(sorted(set(info.filenames) - present))
-    if faults:
-        raise InputError(f"{directory} lacks {', '.join(faults)}. Copy it again in full. {REMAKE}")
-    return builder
-
-
-def _check_captions(splits: Sequence[Split], policy: CaptionPolicy) -> None:
+def _check_captions(splits: Iterable[Split], policy: CaptionPolicy, directory: str) -> None:
     """Raises now what would otherwise stop the run when it meets the first such record."""
+    splits = list(splits)
     without = [
         caption_set
         for split in splits
@@ -412,9 +531,9 @@ def _check_captions(splits: Sequence[Split], policy: CaptionPolicy) -> None:
         num_without = sum(caption_set.num_records for caption_set in without)
         has = describe_pairs(pair for caption_set in without for pair in caption_set.pairs)
         raise InputError(
-            f"{num_without} of {sum(split.num_records for split in splits)} records (one is "
-            f"{without[0].example!r}) have {has}; {policy} allows none of them. Allow one of these "
-            "kinds and languages, or caption the records."
+            f"{num_without} of {sum(split.num_records for split in splits)} records of {directory} "
+            f"(one is {without[0].example!r}) have {has}; {policy} allows none of them. Allow one "
+            "of these kinds and languages, or caption the records."
         )
 
 

@@ -1,4 +1,4 @@
-"""Records on disk: one TFDS split of ArrayRecord shards per bucket, and a manifest beside them.
+"""Records on disk: ArrayRecord shards, one TFDS split per bucket, and a manifest beside them.
 
 A dataset directory holds
 
@@ -7,97 +7,129 @@ A dataset directory holds
     pictures-train_1024x1024.array_record-...    the records of one bucket, resized already
 
 TensorFlow is not needed to write or to read it, and any TFDS tool can open it:
-`tfds.builder_from_directory(directory).as_data_source("train_1024x1024")`.
+`tfds.builder_from_directory(directory).as_data_source("train_1024x1024")`. Training reads the
+records itself: a record is a tf.train.Example, and parsing that alone takes a twelfth of the time.
 
 A record may also hold what frozen networks made of it: `latents` of the picture, and `cap_feats`,
 one for each caption. They are bytes of bfloat16, whose shapes the manifest gives; see `CACHES`.
 """
 
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
-import hashlib
+import functools
 import io
+import itertools
 import json
+import os
 import pathlib
-import pickle
+import resource
 import tempfile
-import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
-import jax.numpy as jnp
+import fsspec
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 from jaxtyping import BFloat16
-from PIL import Image
+from ml_dtypes import bfloat16
+from tensorflow_datasets.proto import tf_example_pb2
 
 from lumina_jax import files
-from lumina_jax.data import buckets as bucket_lib
 from lumina_jax.data.buckets import Bucket
-from lumina_jax.data.captions import KINDS, Caption
+from lumina_jax.data.captions import Caption
 from lumina_jax.errors import InputError
 from lumina_jax.version import __version__
 
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # a folder for those who make a dataset, in the directory of it
 # Raise it when a dataset written before can no longer be read.
-FORMAT = 1
-# Small pictures are stored without loss: at these sizes JPEG artefacts are a visible share of them.
-MAX_PNG_RESOLUTION = 128
+FORMAT = 2
+REMAKE = "Make the dataset again with tools/prepare_data.py and --overwrite."
+_TFDS_FILES = ("dataset_info.json", "features.json", "LICENSE")
+_ROWS_AT_ONCE = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture as its source gives it, before it is fitted into a bucket."""
+class Record:
+    """A stored record; what is not asked for stays in its bytes."""
 
-    id: str
-    image: Image.Image
-    captions: tuple[Caption, ...]
+    def __init__(self, content: bytes):
+        self._example = tf_example_pb2.Example.FromString(content)
+        self._feature = self._example.features.feature
 
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a dataset is made of; `options` are the settings that only its source knows."""
-
-    source: str
-    buckets: tuple[Bucket, ...]
-    resolution: int
-    pixels_per_token: int
-    license: str
-    attribution: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        """Checks the buckets against the token budget that the model gives to a resolution."""
-        side, budget = self.pixels_per_token, num_tokens(self.resolution, self.pixels_per_token)
-        faults = []
-        for bucket in self.buckets:
-            if bucket.width % side or bucket.height % side:
-                faults.append(f"{bucket} is not a multiple of {side} pixels")
-            elif (bucket.width // side) * (bucket.height // side) > budget:
-                faults.append(f"{bucket} holds more than {budget} tokens")
-        if faults:
-            raise InputError(
-                f"Buckets do not fit resolution {self.resolution} with {side} pixels per token: "
-                f"{'; '.join(faults)}. Change the buckets, the resolution or the pixels per token."
-            )
-        if not self.buckets or len(set(self.buckets)) < len(self.buckets):
-            raise InputError(
-                f"Buckets {', '.join(map(str, self.buckets)) or '()'}: need one or more, each once."
-            )
+    def _bytes(self, name: str) -> bytes:
+        return self._feature[name].bytes_list.value[0]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Returns what must be equal for a finished dataset to be used again."""
-        return {
-            "source": self.source,
-            "buckets": sorted(map(str, self.buckets)),
-            "resolution": self.resolution,
-            "pixels_per_token": self.pixels_per_token,
-            **self.options,
-        }
+    def id(self) -> str:
+        return self._bytes("id").decode()
+
+    @property
+    def source(self) -> str:
+        return self._bytes("source").decode()
+
+    @property
+    def image(self) -> bytes:
+        """The encoded picture, of exactly the bucket's size."""
+        return self._bytes("image")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the original."""
+        return tuple(self._feature[name].int64_list.value[0] for name in ("width", "height"))
+
+    @property
+    def captions(self) -> tuple[Caption, ...]:
+        columns = (
+            self._feature[f"captions/{name}"].bytes_list.value
+            for name in ("text", "kind", "language")
+        )
+        return tuple(
+            Caption(text.decode(), kind.decode(), language.decode())
+            for text, kind, language in zip(*columns, strict=True)
+        )
+
+    @property
+    def latents(self) -> bytes:
+        return self._bytes("latents")
+
+    @property
+    def cap_feats(self) -> Sequence[bytes]:
+        """Of each caption."""
+        return self._feature["cap_feats"].bytes_list.value
+
+    def with_caches(self, **caches: bytes | Sequence[bytes]) -> bytes:
+        """Returns the bytes of this record with these cached features."""
+        example = tf_example_pb2.Example()
+        example.CopyFrom(self._example)
+        for name, value in caches.items():
+            values = [value] if isinstance(value, bytes) else value
+            example.features.feature[name].bytes_list.value[:] = values
+        return example.SerializeToString(deterministic=True)
+
+
+def serialize(
+    *, id: str, source: str, image: bytes, captions: Iterable[Caption], size: tuple[int, int]
+) -> bytes:
+    """Returns a record's bytes; `size` is the original's width and height."""
+    example = tf_example_pb2.Example()
+    feature = example.features.feature
+    texts = {"id": [id], "source": [source]}
+    for name in ("text", "kind", "language"):
+        texts[f"captions/{name}"] = [getattr(caption, name) for caption in captions]
+    for name, values in texts.items():
+        feature[name].bytes_list.value.extend(value.encode() for value in values)
+    feature["image"].bytes_list.value.append(image)
+    for name, value in zip(("width", "height"), size, strict=True):
+        feature[name].int64_list.value.append(value)
+    return example.SerializeToString(deterministic=True)  # the same record, the same bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +142,34 @@ class CaptionSet:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    bucket: Bucket
+class Shard:
+    """A file of records in the directory of the dataset."""
+
+    name: str
     num_records: int
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The records of a bucket."""
+
+    bucket: Bucket
+    shards: tuple[Shard, ...]
     caption_sets: tuple[CaptionSet, ...]
 
     @property
     def name(self) -> str:
         return f"train_{self.bucket}"
+
+    @property
+    def num_records(self) -> int:
+        return sum(shard.num_records for shard in self.shards)
+
+
+def shard_name(bucket: Bucket, index: int, count: int) -> str:
+    """Returns the file name that TFDS expects of a shard."""
+    return f"pictures-train_{bucket}.array_record-{index:05d}-of-{count:05d}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +186,7 @@ class LatentsCache:
 
     def decode(self, content: bytes, bucket: Bucket) -> BFloat16[np.ndarray, "h w C"]:
         height, width = bucket.height // self.downscale, bucket.width // self.downscale
-        return np.frombuffer(content, jnp.bfloat16).reshape(height, width, self.channels)
+        return np.frombuffer(content, bfloat16).reshape(height, width, self.channels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +210,7 @@ class CapFeatsCache:
     def decode(self, content: bytes | None) -> BFloat16[np.ndarray, "n F"]:
         """The features of a caption, given their bytes; those of "" without."""
         content = base64.b64decode(self.empty) if content is None else content
-        return np.frombuffer(content, jnp.bfloat16).reshape(-1, self.feature_dim)
+        return np.frombuffer(content, bfloat16).reshape(-1, self.feature_dim)
 
 
 CACHES = {"latents": LatentsCache, "cap_feats": CapFeatsCache}
@@ -234,6 +286,7 @@ class Manifest:
                         }
                         for c in split.caption_sets
                     ],
+                    "shards": [dataclasses.astuple(shard) for shard in split.shards],
                 }
                 for split in self.splits
             ],
@@ -254,6 +307,7 @@ class Manifest:
             raise InputError(
                 f"{directory} is not a finished dataset: it has no {MANIFEST}. Make one with "
                 f"tools/prepare_data.py --output={directory}; its --help shows how."
+                f"{_elsewhere(directory)}"
             ) from None
         except ValueError as error:
             raise InputError(f"{path} is damaged ({error}). {REMAKE}") from error
@@ -267,7 +321,7 @@ class Manifest:
             splits = [
                 Split(
                     bucket=Bucket(split["width"], split["height"]),
-                    num_records=split["num_records"],
+                    shards=tuple(Shard(*shard) for shard in split["shards"]),
                     caption_sets=tuple(
                         CaptionSet(
                             pairs=tuple(tuple(pair.split("/", 1)) for pair in c["captions"]),
@@ -281,7 +335,7 @@ class Manifest:
             ]
             cache = {
                 name: CACHES[name](**{key: value for key, value in made.items() if key != "dtype"})
-                for name, made in content.get("cache", {}).items()  # younger than the format
+                for name, made in content["cache"].items()
             }
             names = ("settings", "license", "attribution", "fingerprint", "version")
             given = {name: content[name] for name in names}
@@ -290,7 +344,12 @@ class Manifest:
             raise InputError(f"{path} is damaged ({error!r}). {REMAKE}") from error
 
 
-REMAKE = "Make the dataset again with tools/prepare_data.py and --overwrite."
+def _elsewhere(directory: epath.PathLike) -> str:
+    """Where datasets are, if below this directory: one for each resolution."""
+    directory = epath.Path(directory)
+    below = list(directory.iterdir()) if directory.is_dir() else []
+    found = sorted(str(path) for path in below if (path / MANIFEST).exists())
+    return f" Or choose one of these: {', '.join(found)}." if found else ""
 
 
 def num_tokens(resolution: int, pixels_per_token: int) -> int:
@@ -300,6 +359,188 @@ def num_tokens(resolution: int, pixels_per_token: int) -> int:
             f"Resolution {resolution} is not a multiple of {pixels_per_token} pixels per token."
         )
     return (resolution // pixels_per_token) ** 2
+
+
+@contextlib.contextmanager
+def shard_writer(path: epath.PathLike) -> Iterator[Callable[[bytes], None]]:
+    """Yields a function that appends a record; the file has its name when all are in it."""
+    with files.aside(path) as aside:
+        # Pictures do not shrink when they are compressed once more.
+        writer = ArrayRecordWriter(str(aside), "group_size:1,uncompressed")
+        try:
+            yield writer.write
+        finally:
+            writer.close()
+
+
+def read_shard(path: epath.PathLike, rows: Sequence[int]) -> Iterator[bytes]:
+    """Yields some records of a shard, in the order of the rows, a few in memory at a time."""
+    reader = _open_reader(os.fspath(path))
+    try:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            yield from reader.read(list(rows[start : start + _ROWS_AT_ONCE]))
+    finally:
+        reader.close()
+
+
+class Records:
+    """The bytes of a split's records, by index; threads may share it.
+
+    Files are opened when they are needed, and stay open.
+    """
+
+    def __init__(self, directory: epath.PathLike, split: Split):
+        # There may be thousands of shards, and a file that was read stays open.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        paths = [os.fspath(epath.Path(directory) / shard.name) for shard in split.shards]
+        self.remote = bool(paths) and "://" in paths[0]
+        self._paths = _readable(paths)
+        self._ends = list(itertools.accumulate(shard.num_records for shard in split.shards))
+        self._readers: list[ArrayRecordReader | None] = [None] * len(paths)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[bytes]:
+        """Returns these records; those of a bucket are fetched in parallel."""
+        by_shard: dict[int, list[int]] = {}
+        for row, index in enumerate(indices):
+            by_shard.setdefault(bisect.bisect_right(self._ends, index), []).append(row)
+        contents: list[bytes] = [b""] * len(indices)
+
+        def read(shard: int) -> None:
+            rows, first = by_shard[shard], self._ends[shard - 1] if shard else 0
+            reader, places = self._reader(shard), [indices[row] - first for row in rows]
+            # In one call they come over the network together; from a disk they come faster alone.
+            found = reader.read(places) if self.remote else (reader.read([p])[0] for p in places)
+            for row, content in zip(rows, found, strict=True):
+                contents[row] = content
+
+        # Waiting for a bucket is most of a read; a local file is in memory or soon is.
+        run = _downloads().map if self.remote and len(by_shard) > 1 else map
+        collections.deque(run(read, by_shard), maxlen=0)
+        return contents
+
+    def check_shard(self, index: int) -> None:
+        """Raises if the shard of a record is gone."""
+        path = self._paths[bisect.bisect_right(self._ends, index)]
+        if not epath.Path(path).exists():
+            raise InputError(f"{path} was there when the run began, and is gone. Put it back.")
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        if self._readers[shard] is None:
+            with self._lock:
+                if self._readers[shard] is None:
+                    self._readers[shard] = _open_reader(self._paths[shard])
+        return self._readers[shard]
+
+
+def _open_reader(path: str) -> ArrayRecordReader:
+    # Rows are read at random: what follows one is not wanted.
+    return ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+
+
+@functools.cache
+def _downloads() -> futures.ThreadPoolExecutor:
+    return futures.ThreadPoolExecutor(64, thread_name_prefix="download")
+
+
+def _readable(paths: list[str]) -> list[str]:
+    """Paths that ArrayRecord can open: local ones and gs:// as they are, copies of others."""
+    if not paths or "://" not in paths[0] or paths[0].startswith("gs://"):
+        return paths
+    folder = pathlib.Path(tempfile.gettempdir()) / "lumina_jax_shards"
+    logging.info(
+        "Copying %d shards to %s: ArrayRecord reads local files and gs://.", len(paths), folder
+    )
+    return fsspec.open_local(
+        [f"filecache::{path}" for path in paths], filecache={"cache_storage": str(folder)}
+    )
+
+
+def check_complete(directory: epath.PathLike, splits: Iterable[Split]) -> None:
+    """Raises unless every shard is there in full; one listing, whatever their number."""
+    fs, root = fsspec.core.url_to_fs(os.fspath(directory))
+    fs.invalidate_cache()  # it may remember an earlier listing
+    sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in fs.ls(root, detail=True)}
+    faults = []
+    for shard in (shard for split in splits for shard in split.shards):
+        if shard.name not in sizes:
+            faults.append(shard.name)
+        elif sizes[shard.name] != shard.num_bytes:
+            lacking = f"{sizes[shard.name]:,} of {shard.num_bytes:,} bytes"
+            faults.append(f"{shard.name} as it was written (it has {lacking})")
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise InputError(
+            f"{directory} lacks {', '.join(faults[:5])}{more}. Copy it again in full. {REMAKE}"
+        )
+
+
+def find(directory: epath.PathLike) -> Manifest | None:
+    """Returns the manifest of a finished dataset, None where nothing is yet."""
+    directory = epath.Path(directory)
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return None
+    if not directory.is_dir() or not (directory / MANIFEST).exists():
+        raise InputError(
+            f"{directory} holds files but no {MANIFEST}: an unfinished dataset, or something else. "
+            "Choose another directory, or replace an unfinished dataset with --overwrite."
+        )
+    return Manifest.load(directory)
+
+
+def remove(directory: epath.PathLike) -> None:
+    """Removes a dataset, finished or not, and nothing else that may lie beside it."""
+    directory = epath.Path(directory)
+    if not directory.exists():
+        return
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else {directory.name}
+    # The manifest goes first: a directory half removed must not look complete.
+    ours = [name for name in (MANIFEST, *_TFDS_FILES) if name in names]
+    ours += sorted(name for name in names if name.lstrip(".").startswith("pictures-train_"))
+    if names and not ours and UNFINISHED not in names:
+        raise InputError(
+            f"{directory} is not a dataset (it has no {MANIFEST} and no shards), so --overwrite "
+            "does not touch it. Choose another directory."
+        )
+    for name in ours:
+        (directory / name).unlink()
+
+
+def finish(directory: epath.PathLike, manifest: Manifest) -> None:
+    """Adds what TFDS needs to read the shards, and the manifest, which says that all is there."""
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    filenames = tfds.core.ShardedFileTemplate(
+        epath.Path(directory), template, "pictures", filetype_suffix="array_record"
+    )
+    splits = [
+        tfds.core.SplitInfo(
+            name=split.name,
+            shard_lengths=[shard.num_records for shard in split.shards],
+            num_bytes=sum(shard.num_bytes for shard in split.shards),
+            filename_template=filenames,
+        )
+        for split in manifest.splits
+        if split.shards  # TFDS refuses a split without records; the manifest still lists it
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it is doing
+        tfds.folder_dataset.write_metadata(
+            data_dir=os.fspath(directory),
+            features=features(manifest.cache),
+            split_infos=splits,
+            filename_template=filenames,
+            check_data=False,  # would need TensorFlow
+            description="Captioned pictures, resized into buckets.",
+            license=manifest.license,
+        )
+    manifest.save(directory)
 
 
 def features(cached: Collection[str] = ()) -> tfds.features.FeaturesDict:
@@ -328,220 +569,3 @@ def features(cached: Collection[str] = ()) -> tfds.features.FeaturesDict:
             **{name: caches[name] for name in cached},
         }
     )
-
-
-class Pictures(tfds.core.GeneratorBasedBuilder):
-    """Captioned pictures, resized into buckets."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    # TFDS finds this by a package that it does not declare among its own (importlib_resources).
-    code_path = epath.Path(__file__)
-
-    def __init__(
-        self,
-        *,
-        splits: Mapping[str, Iterable[tuple]],
-        license: str,
-        cached: Collection[str],
-        **kwargs: Any,
-    ):
-        self._splits, self._license, self._cached = splits, license, cached
-        super().__init__(file_format="array_record", **kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=features(self._cached),
-            description=self.__doc__,
-            license=self._license,
-        )
-
-    def _split_generators(self, dl_manager):
-        del dl_manager  # the pictures are on this machine already
-        return dict(self._splits)
-
-    def _generate_examples(self):
-        raise NotImplementedError("_split_generators gives the examples themselves")
-
-
-def find(directory: epath.PathLike) -> Manifest | None:
-    """Returns the manifest of a finished dataset, None where nothing is yet."""
-    directory = epath.Path(directory)
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return None
-    if not directory.is_dir() or not (directory / MANIFEST).exists():
-        raise InputError(
-            f"{directory} holds files but no {MANIFEST}: an unfinished dataset, or something else. "
-            "Choose another directory, or replace an unfinished dataset with --overwrite."
-        )
-    return Manifest.load(directory)
-
-
-def build(
-    directory: epath.PathLike,
-    recipe: Recipe,
-    pictures: Iterable[Picture],
-    fit: Callable[[Image.Image, Bucket], Image.Image] = bucket_lib.resize_and_crop,
-    *,
-    overwrite: bool = False,
-) -> Manifest:
-    """Writes the dataset and returns its manifest; one that is finished already is left as it is.
-
-    Pictures are taken one at a time, fitted and spooled to local disk bucket by bucket, then
-    written as shards.
-    """
-    if overwrite:
-        check_replaceable(directory)
-    elif (manifest := find(directory)) is not None:
-        _check_settings(manifest, recipe, directory)
-        return manifest
-    with tempfile.TemporaryDirectory() as spool_directory:
-        spools = {
-            bucket: _Spool(pathlib.Path(spool_directory) / str(bucket), recipe.source)
-            for bucket in sorted(recipe.buckets)
-        }
-        digest = hashlib.sha256()
-        with contextlib.ExitStack() as stack:
-            for spool in spools.values():
-                stack.enter_context(spool)
-            for picture in pictures:
-                bucket = bucket_lib.choose_bucket(*picture.image.size, recipe.buckets)
-                image = encode(fit(picture.image, bucket), recipe.resolution)
-                spools[bucket].append(picture, image)
-                captions = [dataclasses.astuple(caption) for caption in picture.captions]
-                digest.update(json.dumps([str(bucket), picture.id, captions]).encode())
-                digest.update(hashlib.sha256(image).digest())
-        splits = tuple(spool.split(bucket) for bucket, spool in spools.items())
-        if not any(split.num_records for split in splits):
-            raise InputError(f"{recipe.source} gave no picture; there is nothing to write.")
-        manifest = Manifest(
-            splits, recipe.settings, recipe.license, recipe.attribution, digest.hexdigest()
-        )
-        write(directory, {split: spools[split.bucket] for split in splits}, recipe.license)
-    manifest.save(directory)
-    return manifest
-
-
-def write(
-    directory: epath.PathLike,
-    examples: Mapping[Split, Iterable[tuple[str, dict[str, Any]]]],
-    license: str,
-    cached: Collection[str] = (),
-) -> None:
-    """Writes shards beside the directory and moves them into its place, where a dataset may be.
-
-    The dataset is finished when the caller saves its manifest there.
-
-    Args:
-        directory: of the dataset.
-        examples: of each split, (key, example); asked for one split after another.
-        license: of the pictures.
-        cached: the names in `CACHES` that every example has.
-    """
-    directory = epath.Path(directory)
-    aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
-    try:
-        tfds.disable_progress_bar()  # a bar per shard; the caller shows one for the pictures
-        builder = Pictures(
-            # TFDS refuses a split without records; the manifest still lists it.
-            splits={split.name: made for split, made in examples.items() if split.num_records},
-            license=license,
-            cached=cached,
-            data_dir=aside,
-        )
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it is doing
-            builder.download_and_prepare()
-        if directory.exists():
-            # The manifest goes first: a directory half removed must not look complete.
-            (directory / MANIFEST).unlink(missing_ok=True)
-            directory.rmtree()
-        epath.Path(builder.data_path).rename(directory)
-    finally:
-        aside.rmtree(missing_ok=True)
-
-
-def encode(image: Image.Image, resolution: int) -> bytes:
-    content = io.BytesIO()
-    if resolution <= MAX_PNG_RESOLUTION:
-        image.save(content, format="PNG")
-    else:
-        image.save(content, format="JPEG", quality=95)
-    return content.getvalue()
-
-
-class _Spool:
-    """The records of one bucket in a local file: too many for memory, and TFDS wants them by split.
-
-    Written once inside `with`, then iterated as the (key, example) pairs that TFDS takes.
-    """
-
-    def __init__(self, path: pathlib.Path, source: str):
-        self._path, self._source = path, source
-        self._num_records = 0
-        self._counts: collections.Counter = collections.Counter()
-        self._examples: dict[tuple, str] = {}
-
-    def __enter__(self):
-        self._file = self._path.open("wb")
-        return self
-
-    def __exit__(self, *error):
-        self._file.close()
-
-    def append(self, picture: Picture, image: bytes) -> None:
-        if unknown := {c.kind for c in picture.captions} - set(KINDS):
-            raise ValueError(f"{picture.id}: caption kinds {unknown} are not among {KINDS}")
-        example = {
-            "id": picture.id,
-            "source": self._source,
-            "image": image,
-            "captions": [dataclasses.asdict(caption) for caption in picture.captions],
-            "height": picture.image.height,
-            "width": picture.image.width,
-        }
-        pickle.dump(example, self._file)
-        pairs = tuple(sorted({(c.kind, c.language) for c in picture.captions}))
-        self._num_records += 1
-        self._counts[pairs] += 1
-        self._examples.setdefault(pairs, picture.id)
-
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        with self._path.open("rb") as file:
-            for _ in range(self._num_records):
-                example = pickle.load(file)
-                yield example["id"], {**example, "image": io.BytesIO(example["image"])}
-
-    def split(self, bucket: Bucket) -> Split:
-        caption_sets = tuple(
-            CaptionSet(pairs, self._counts[pairs], self._examples[pairs])
-            for pairs in sorted(self._counts)
-        )
-        return Split(bucket, self._num_records, caption_sets)
-
-
-def _check_settings(manifest: Manifest, recipe: Recipe, directory: epath.PathLike) -> None:
-    wanted = recipe.settings
-    differences = [
-        f"{name} is {manifest.settings.get(name)!r} there and {wanted.get(name)!r} here"
-        for name in sorted(wanted.keys() | manifest.settings.keys())
-        if wanted.get(name) != manifest.settings.get(name)
-    ]
-    if differences:
-        raise InputError(
-            f"{directory} holds another dataset: {'; '.join(differences)}. Choose another "
-            "directory, ask for the same settings, or replace it with --overwrite."
-        )
-
-
-def check_replaceable(directory: epath.PathLike) -> None:
-    """Refuses to remove a directory that does not look like a dataset."""
-    directory = epath.Path(directory)
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not directory.is_dir() or not any(
-        (directory / name).exists() for name in (MANIFEST, "dataset_info.json")
-    ):
-        raise InputError(
-            f"{directory} is not a dataset (no {MANIFEST}, no dataset_info.json), so --overwrite "
-            "does not remove it. Choose another directory, or remove it yourself."
-        )

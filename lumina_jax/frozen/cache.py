@@ -9,11 +9,9 @@ Axes: B batch, H W picture, h w C latents, S caption slots, F text features.
 
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import grain
 import jax
@@ -22,11 +20,17 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from lumina_jax import sharding
-from lumina_jax.data import records
+from lumina_jax import files, sharding
+from lumina_jax.data import images, records
 from lumina_jax.data.buckets import Bucket
-from lumina_jax.data.loader import Records, captions_of, decode_image, open_records
-from lumina_jax.data.records import CACHES, CapFeatsCache, LatentsCache, Manifest, Split
+from lumina_jax.data.records import (
+    CACHES,
+    CapFeatsCache,
+    LatentsCache,
+    Manifest,
+    Record,
+    Records,
+)
 from lumina_jax.errors import InputError
 from lumina_jax.frozen.autoencoder import Autoencoder
 from lumina_jax.frozen.text_encoder import TextEncoder
@@ -50,7 +54,8 @@ def cache_features(
 ) -> Manifest:
     """Writes a copy of a data set with features in its records; returns the manifest.
 
-    A finished copy is left as it is. Records keep their order, and the caches they have already.
+    A finished copy is left as it is; one that was stopped goes on at its next shard. Records keep
+    their order, and the caches they have already.
 
     Args:
       source: The data set to read.
@@ -83,41 +88,64 @@ def cache_features(
         made_by["cap_feats"] = [text_encoder.fingerprint(), system_prompt]
     content = json.dumps([found.fingerprint, made_by], sort_keys=True).encode()
     fingerprint = hashlib.sha256(content).hexdigest()
+    output = epath.Path(output)
+    unfinished = output / records.UNFINISHED
+    began = unfinished / "fingerprint"
     if overwrite:
-        records.check_replaceable(output)
+        records.remove(output)
+        unfinished.rmtree(missing_ok=True)
+    elif began.exists():
+        _check_fingerprint(output, began.read_text(), fingerprint)
     elif (there := records.find(output)) is not None:
-        if there.fingerprint != fingerprint:
-            raise InputError(
-                f"{output} holds another data set, or features of another encoder. Choose another "
-                f"directory, or replace it with --overwrite."
-            )
+        _check_fingerprint(output, there.fingerprint, fingerprint)
         return there
+    records.check_complete(source, found.splits)
+    files.write(began, fingerprint)
 
     encoders: dict[str, _Latents | _CapFeats] = {}
     if "latents" in features:
         encoders["latents"] = _Latents(autoencoder, mesh, batch_size)
     if "cap_feats" in features:
         encoders["cap_feats"] = _CapFeats(text_encoder, mesh, batch_size, system_prompt)
-    splits = [split for split in found.splits if split.num_records]
-    open_split = open_records(source, splits)
+    splits, num_truncated, done = [], 0, 0
     with progress_bar("Encoding", found.num_records, unit="records") as advance:
-        done = itertools.count(1)
-
-        def examples(split: Split) -> Iterator[tuple[str, dict[str, Any]]]:
-            for record in _encoded(open_split(split), split.bucket, encoders, batch_size):
-                yield record["id"].decode(), record
-                advance(next(done))
-
-        records.write(
-            output,
-            {split: examples(split) for split in splits},
-            found.license,
-            cached=sorted({*found.cache, *features}),
-        )
-    cache = {**found.cache, **{name: encoder.describe() for name, encoder in encoders.items()}}
-    manifest = dataclasses.replace(found, cache=cache, fingerprint=fingerprint, version=__version__)
-    manifest.save(output)
+        for split in found.splits:
+            shards = []
+            for shard in split.shards:
+                path, counted = output / shard.name, unfinished / f"{shard.name}.json"
+                if not counted.exists():  # written last: then the shard is there too
+                    before = text_encoder.num_truncated
+                    stored = Records(source, dataclasses.replace(split, shards=(shard,)))
+                    with records.shard_writer(path) as write:
+                        for record in _encoded(stored, split.bucket, encoders, batch_size):
+                            write(record)
+                            done += 1
+                            advance(done)
+                    files.write(counted, json.dumps(text_encoder.num_truncated - before))
+                else:
+                    done += shard.num_records
+                num_truncated += json.loads(counted.read_text())
+                shards.append(dataclasses.replace(shard, num_bytes=path.stat().length))
+            splits.append(dataclasses.replace(split, shards=tuple(shards)))
+    cache = dict(found.cache)
+    if "latents" in encoders:
+        cache["latents"] = encoders["latents"].describe()
+    if "cap_feats" in encoders:
+        cache["cap_feats"] = encoders["cap_feats"].describe(num_truncated)
+    manifest = dataclasses.replace(
+        found, splits=tuple(splits), cache=cache, fingerprint=fingerprint, version=__version__
+    )
+    records.finish(output, manifest)
+    unfinished.rmtree()
     return manifest
+
+
+def _check_fingerprint(output: epath.Path, there: str, wanted: str) -> None:
+    if there != wanted:
+        raise InputError(
+            f"{output} holds another data set, or features of another encoder. Choose another "
+            f"directory, or replace it with --overwrite."
+        )
 
 
 def check(
@@ -197,10 +225,11 @@ def _encoded(
     bucket: Bucket,
     encoders: Mapping[str, "_Latents | _CapFeats"],
     batch_size: int,
-) -> Iterator[dict[str, Any]]:
-    """Yields the records with their features, in order, as TFDS takes them."""
+) -> Iterator[bytes]:
+    """Yields the records with their features, in order."""
 
-    def prepare(chunk: Sequence[dict[str, Any]]):  # in threads
+    def prepare(contents: Sequence[bytes]):  # in threads
+        chunk = [Record(content) for content in contents]
         inputs = {name: encoder.prepare(chunk, bucket) for name, encoder in encoders.items()}
         return chunk, inputs
 
@@ -218,8 +247,7 @@ def _encoded(
         for (chunk, results), _ in itertools.pairwise(itertools.chain(running, (None,))):
             features = {name: encoders[name].finish(result) for name, result in results.items()}
             for index, record in enumerate(chunk):
-                made = {name: contents[index] for name, contents in features.items()}
-                yield {**record, "image": io.BytesIO(record["image"]), **made}
+                yield record.with_caches(**{name: made[index] for name, made in features.items()})
     finally:
         chunks.close()
 
@@ -233,7 +261,7 @@ class _Latents:
         key = jax.random.key(0)  # for latents that are drawn, which these are not
         self._encode = _program(lambda p, images: autoencoder.encode(p, images, key), mesh)
 
-    def prepare(self, chunk: Sequence[dict[str, Any]], bucket: Bucket):
+    def prepare(self, chunk: Sequence[Record], bucket: Bucket):
         """The pixels of each record; None for one that cannot be decoded."""
         return [_decode(record, bucket) for record in chunk], bucket
 
@@ -265,12 +293,11 @@ class _CapFeats:
     ):
         self._text_encoder, self._batch_size = text_encoder, batch_size
         self._system_prompt = system_prompt
-        self._num_truncated_before = text_encoder.num_truncated
         self._params = text_encoder.load_params(mesh)
         self._encode = _program(text_encoder.encode, mesh)
 
-    def prepare(self, chunk: Sequence[dict[str, Any]], bucket: Bucket):
-        captions = [captions_of(record) for record in chunk]
+    def prepare(self, chunk: Sequence[Record], bucket: Bucket):
+        captions = [record.captions for record in chunk]
         texts = [prefixed(c.text, self._system_prompt) for of_one in captions for c in of_one]
         return [len(of_one) for of_one in captions], *self._text_encoder.tokenize(texts)
 
@@ -290,9 +317,8 @@ class _CapFeats:
         contents = (row[:length].tobytes() for length, row in zip(lengths, rows, strict=False))
         return [list(itertools.islice(contents, count)) for count in counts]
 
-    def describe(self) -> CapFeatsCache:
+    def describe(self, num_truncated: int) -> CapFeatsCache:
         encoder = self._text_encoder
-        num_truncated = encoder.num_truncated - self._num_truncated_before
         ids, mask = (_filled(a, self._batch_size) for a in encoder.tokenize([""]))
         empty = np.asarray(self._encode(self._params, ids, mask))[0, : mask[0].sum()]
         return CapFeatsCache.with_empty(
@@ -325,13 +351,15 @@ def _filled(rows: np.ndarray, batch_size: int) -> np.ndarray:
     return np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows), axis=0)])
 
 
-def _decode(record: dict[str, Any], bucket: Bucket) -> np.ndarray | None:
+def _decode(record: Record, bucket: Bucket) -> np.ndarray | None:
+    pixels = np.empty((bucket.height, bucket.width, 3), np.uint8)
     try:
-        return decode_image(record["image"], bucket)
+        images.decode_stored(record.image, pixels)
     except Exception as error:  # what a decoder raises on damaged bytes is anything
         logging.warning(
             "Record %s of bucket %s cannot be decoded (%s: %s), so it has no latents; a run puts "
             "the next record in its place, as it would without a cache.",
-            record["id"].decode(), bucket, type(error).__name__, error,
+            record.id, bucket, type(error).__name__, error,
         )  # fmt: skip
         return None
+    return pixels

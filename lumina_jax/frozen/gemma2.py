@@ -100,15 +100,16 @@ class Gemma2TextEncoder:
         return f"gemma2 {digest.hexdigest()} max_tokens={self.max_tokens}"
 
     def tokenize(
-        self, captions: Sequence[str]
+        self, captions: Sequence[str], num_slots: int | None = None
     ) -> tuple[Int32[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
-        token_ids = np.full((len(captions), self.max_tokens), self._pad_id, np.int32)
-        token_mask = np.zeros((len(captions), self.max_tokens), bool)
+        num_slots = num_slots or self.max_tokens
+        token_ids = np.full((len(captions), num_slots), self._pad_id, np.int32)
+        token_mask = np.zeros((len(captions), num_slots), bool)
         num_truncated = 0
-        for row, caption in enumerate(captions):
-            ids = self._tokenizer.encode(caption).ids
-            num_truncated += len(ids) > self.max_tokens
-            ids = ids[: self.max_tokens]
+        for row, encoded in enumerate(self._tokenizer.encode_batch(list(captions))):
+            ids = encoded.ids
+            num_truncated += len(ids) > num_slots
+            ids = ids[:num_slots]
             token_ids[row, : len(ids)] = ids
             token_mask[row, : len(ids)] = True
         with _count_lock:

@@ -33,7 +33,7 @@ class TextEncoder(Protocol):
 
     Attributes:
       feature_dim: F, the width of the features, which is the model's `cap_feat_dim`.
-      max_tokens: S, the caption slots of every batch; longer captions are cut.
+      max_tokens: The caption slots of a batch, unless it asks for fewer; longer captions are cut.
       num_truncated: captions cut so far by this object in this process.
     """
 
@@ -50,9 +50,11 @@ class TextEncoder(Protocol):
         ...
 
     def tokenize(
-        self, captions: Sequence[str]
+        self, captions: Sequence[str], num_slots: int | None = None
     ) -> tuple[Int32[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
-        """Ids and their mask, padded on the right; safe to call from many threads.
+        """Ids and their mask, padded on the right to S slots; safe to call from many threads.
+
+        S is `max_tokens` where `num_slots` gives no other number.
 
         Every caption has a valid token, the empty one too: "" is the unconditional input.
         """

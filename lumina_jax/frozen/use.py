@@ -77,16 +77,17 @@ class UniversalSentenceEncoder:
         return f"use {_digest()} max_tokens={self.max_tokens}"
 
     def tokenize(
-        self, captions: Sequence[str]
+        self, captions: Sequence[str], num_slots: int | None = None
     ) -> tuple[Int32[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
+        num_slots = num_slots or self.max_tokens
         tokenizer = _load_tokenizer()
-        token_ids = np.zeros((len(captions), self.max_tokens), np.int32)
-        token_mask = np.zeros((len(captions), self.max_tokens), bool)
+        token_ids = np.zeros((len(captions), num_slots), np.int32)
+        token_mask = np.zeros((len(captions), num_slots), bool)
         num_truncated = 0
         for row, caption in enumerate(captions):
             pieces = tokenizer.encode(caption)
-            num_truncated += len(pieces) > self.max_tokens - 2
-            pieces = pieces[: self.max_tokens - 2]  # EOS stays: no caption ends without it
+            num_truncated += len(pieces) > num_slots - 2
+            pieces = pieces[: num_slots - 2]  # EOS stays: no caption ends without it
             ids = [tokenizer.bos_id(), *pieces, tokenizer.eos_id()]
             token_ids[row, : len(ids)] = ids
             token_mask[row, : len(ids)] = True

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -50,32 +51,37 @@ class _Words:
 
 def contact_sheet(
     images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
-    captions: Sequence[str],
+    captions: Sequence[str | Sequence[str]],
     *,
     columns: int,
     cell_size: int = 192,
+    text_size: float = 0.074,
     title: str | None = None,
     notes: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Draws pictures of any sizes in cells of one size, row by row.
+    """Draws pictures of any sizes, their longer sides of one length, row by row.
 
     Args:
-      images: the pictures; each is scaled to fill its cell as far as its shape allows.
-      captions: what stands under each, in any script, on two lines at most.
+      images: the pictures; each is scaled until its longer side is that of a cell.
+      captions: what stands under each, in any script, on two lines at most; several texts stand one
+        below another.
       columns: pictures per row.
-      cell_size: width and height of a cell in pixels; the text grows with it.
+      cell_size: width of a cell in pixels, and its height unless all of a row are wide.
+      text_size: height of a caption's letters, in cells.
       title: a line above the pictures.
       notes: a small grey line under each caption, for example its language.
     """
     _check(images, captions, columns, cell_size, notes)
-    captions, notes = [_clean(c) for c in captions], [_clean(n) for n in notes or ()]
-    title = _clean(title or "")
-    fonts = _find_fonts("".join([title, *captions, *notes, "…"]))
+    texts = [[_clean(t) for t in ([c] if isinstance(c, str) else c)] for c in captions]
+    title, notes = _clean(title or ""), [_clean(n) for n in notes or ()]
+    fonts = _find_fonts("".join([title, *itertools.chain(*texts), *notes, "…"]))
     columns = min(columns, len(images))
     gap = cell_size // 8
     width = gap + columns * (cell_size + gap)
     text_width = 1.04 * cell_size
-    title_size, caption_size, note_size = 0.115 * cell_size, 0.074 * cell_size, 0.062 * cell_size
+    title_size, caption_size = 0.115 * cell_size, text_size * cell_size
+    note_size = 0.84 * caption_size
+    pictures = [_fit(image, cell_size) for image in images]
 
     words, corners = [], []
 
@@ -93,21 +99,23 @@ def contact_sheet(
         top = round(top + 0.9 * title_size)
     for start in range(0, len(images), columns):
         bottoms = []
+        height = max(picture.height for picture in pictures[start : start + columns])
         for i in range(start, min(start + columns, len(images))):
             left = gap + (i - start) * (cell_size + gap)
-            corners.append((left, top))
-            middle, y = left + cell_size / 2, top + cell_size + 0.4 * caption_size
+            x, y = (cell_size - pictures[i].width) // 2, (height - pictures[i].height) // 2
+            corners.append((left + x, top + y))
+            middle, y = left + cell_size / 2, top + height + 0.4 * caption_size
             style = {"anchor": "middle", "text_width": text_width}
-            y = write(captions[i], middle, y, caption_size, 1.35, max_lines=2, colour=_INK, **style)
+            for number, text in enumerate(texts[i]):
+                y += 0.5 * caption_size * (number > 0)
+                y = write(text, middle, y, caption_size, 1.35, max_lines=2, colour=_INK, **style)
             if notes:
                 y = write(notes[i], middle, y, note_size, 1.6, max_lines=1, colour=_FAINT, **style)
             bottoms.append(y)
         top = round(max(bottoms)) + gap
 
     sheet = Image.new("RGB", (width, top), "white")
-    for image, (x, y) in zip(images, corners, strict=True):
-        picture = _fit(image, cell_size)
-        x, y = x + (cell_size - picture.width) // 2, y + (cell_size - picture.height) // 2
+    for picture, (x, y) in zip(pictures, corners, strict=True):
         sheet.paste(picture, (x, y))
         # Around the picture: a white one would have no visible edge on the white page.
         frame = (x - 1, y - 1, x + picture.width, y + picture.height)
@@ -122,7 +130,7 @@ def contact_sheet(
 def save_contact_sheet(
     path: epath.PathLike,
     images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
-    captions: Sequence[str],
+    captions: Sequence[str | Sequence[str]],
     **layout,
 ) -> None:
     """Writes the sheet as a PNG, aside first: the path never holds half a picture.

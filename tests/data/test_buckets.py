@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,7 +10,6 @@ from lumina_jax.data.buckets import (
     choose_bucket,
     pad_to_fit,
     resize_and_crop,
-    to_rgb,
 )
 from lumina_jax.errors import InputError
 
@@ -95,6 +96,19 @@ def test_a_large_picture_is_halved_by_averaging():
     assert set(np.unique(halved)) <= {127, 128}
 
 
+def test_resizing_gives_the_same_bytes_as_upstream():
+    # Made with Pillow 11.0 and 12.0, each step in one call of resize, as upstream does it. To be
+    # renewed only where upstream's way is left on purpose.
+    digest = hashlib.sha256()
+    for width, height in ((512, 384), (511, 384), (512, 383), (509, 387), (300, 1000), (40, 61)):
+        rows, columns = np.mgrid[:height, :width]
+        channels = rows * rows + 3 * columns, rows * columns, rows // 3 * 7 + columns * columns
+        image = Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+        for bucket in (Bucket(20, 30), Bucket(60, 36), Bucket(36, 60)):
+            digest.update(resize_and_crop(image, bucket).tobytes())
+    assert digest.hexdigest() == "f5482fbaf17c092a48c78d053448319b9ceb675e6b84af62f6ea50a7c35e0e43"
+
+
 @pytest.mark.parametrize("size", [(1, 1), (97, 31), (31, 97), (640, 480)])
 @pytest.mark.parametrize("fit", [resize_and_crop, pad_to_fit])
 def test_every_picture_comes_out_at_the_size_of_the_bucket(size, fit):
@@ -108,17 +122,3 @@ def test_padding_loses_nothing_and_adds_white():
     assert (padded[:, :14] == 255).all()
     assert (padded[:, 26:] == 255).all()
     assert (padded[:, 16:24] == 0).all()
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_what_is_transparent_becomes_white(mode):
-    image = Image.new("RGBA", (2, 1), (200, 200, 200, 255))
-    image.putpixel((0, 0), (0, 0, 0, 0))
-    pixels = np.asarray(to_rgb(image.convert(mode)))
-    assert pixels[0, 0].tolist() == [255, 255, 255]
-    assert pixels[0, 1].tolist() == [200, 200, 200]
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1"])
-def test_every_mode_becomes_rgb(mode):
-    assert to_rgb(Image.new(mode, (2, 2))).mode == "RGB"

@@ -8,14 +8,15 @@ import threading
 
 import numpy as np
 import pytest
-from tensorflow_datasets.core.data_sources import array_record
 
-from lumina_jax.data import openmoji, records
+from lumina_jax.data import records
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import Caption, CaptionPolicy
-from lumina_jax.data.loader import Loader
+from lumina_jax.data.loader import Dataset, Loader
+from lumina_jax.data.sources import openmoji
 from lumina_jax.errors import InputError
 from lumina_jax.system_prompts import prefixed
+from tests.small_data import damage, make_dataset, make_emojis, picture
 
 SQUARE = (Bucket(32, 32),)
 
@@ -24,9 +25,12 @@ SQUARE = (Bucket(32, 32),)
 def load(dataset, tokenize):
     """Makes a loader of the shared dataset; keywords change it."""
 
-    def make(directory=dataset, **changes) -> Loader:
+    def make(*directories, **changes) -> Loader:
         settings = {"batch_size": 8, "seed": 0, "tokenize": tokenize, "num_threads": 2}
-        return Loader(directory, **(settings | changes))
+        datasets = [
+            d if isinstance(d, Dataset) else Dataset(str(d)) for d in directories or (dataset,)
+        ]
+        return Loader(datasets, **(settings | changes))
 
     return make
 
@@ -67,13 +71,13 @@ def test_the_global_batch_is_the_same_on_any_number_of_processes(load, process_c
 
 def test_a_process_reads_only_its_own_rows(load, monkeypatch):
     read = []
-    original = array_record.ArrayRecordDataSource.__getitem__
+    original = records.Records.read
 
-    def count(self, key):
-        read.append(key)
-        return original(self, key)
+    def count(self, indices):
+        read.extend(indices)
+        return original(self, indices)
 
-    monkeypatch.setattr(array_record.ArrayRecordDataSource, "__getitem__", count)
+    monkeypatch.setattr(records.Records, "read", count)
     load(process_index=1, process_count=4).batch_at(3)
     assert len(read) == 2
 
@@ -134,7 +138,7 @@ def test_closing_an_iterator_ends_its_threads(load):
 
 def test_each_epoch_of_a_bucket_holds_every_record_once(load):
     loader = load(buckets=[Bucket(32, 32)], batch_size=1)
-    (split,) = [s for s in loader.manifest.splits if s.bucket == Bucket(32, 32)]
+    (split,) = [s for s in loader.manifests[0].splits if s.bucket == Bucket(32, 32)]
     epochs = [
         [loader.batch_at(epoch * split.num_records + k)["ids"][0] for k in range(split.num_records)]
         for epoch in range(3)
@@ -179,9 +183,9 @@ def test_buckets_come_in_proportion_to_their_records(load):
     loader = load(batch_size=1)
     steps = 480
     seen = [loader.batch_at(step)["images"].shape for step in range(steps)]
-    for split in loader.manifest.splits:
+    for split in loader.manifests[0].splits:
         share = seen.count((1, split.bucket.height, split.bucket.width, 3)) / steps
-        assert share == pytest.approx(split.num_records / loader.manifest.num_records, abs=0.01)
+        assert share == pytest.approx(split.num_records / loader.manifests[0].num_records, abs=0.01)
 
 
 def test_a_bucket_gives_the_same_rows_whatever_buckets_are_beside_it(load):
@@ -212,23 +216,9 @@ def test_many_threads_read_the_same_batches(load):
     assert found == expected
 
 
-def build(directory, pictures_of, monkeypatch, damaged=(), buckets=SQUARE):
-    """Writes emojis with the bytes of some of them cut short."""
-    encode = records.encode
-    ids = iter(sorted(emoji.id for emoji in openmoji.select(pictures_of)))
-
-    def encode_some(image, resolution):
-        content = encode(image, resolution)
-        return content[: len(content) // 2] if next(ids) in damaged else content
-
-    monkeypatch.setattr(records, "encode", encode_some)
-    openmoji.prepare(directory, emojis=pictures_of, resolution=32, buckets=buckets)
-
-
-def test_a_damaged_record_is_replaced_by_the_same_other_everywhere(
-    load, tmp_path, monkeypatch, caplog
-):
-    build(tmp_path / "d", "🐶🐱🍎🍋", monkeypatch, damaged={"1F436"})
+def test_a_damaged_record_is_replaced_by_the_same_other_everywhere(load, tmp_path, caplog):
+    make_emojis(tmp_path / "d", "🐶🐱🍎🍋")
+    damage(tmp_path / "d", {"1F436"})
     alone = load(tmp_path / "d")
     with caplog.at_level(logging.WARNING, logger="absl"):
         batches = [alone.batch_at(step) for step in range(4)]
@@ -246,20 +236,21 @@ def test_a_damaged_record_is_replaced_by_the_same_other_everywhere(
     assert sum(share.num_replaced for share in shares) == 8
 
 
-def test_a_bucket_of_damaged_records_alone_is_an_error(load, tmp_path, monkeypatch):
-    build(tmp_path / "d", "🐶", monkeypatch, damaged={"1F436"})
+def test_a_bucket_of_damaged_records_alone_is_an_error(load, tmp_path):
+    make_emojis(tmp_path / "d", "🐶")
+    damage(tmp_path / "d", {"1F436"})
     with pytest.raises(InputError, match="None of the 1 records of bucket 32x32 can be decoded"):
         load(tmp_path / "d").batch_at(0)
 
 
-def test_a_bucket_of_one_record_works(load, tmp_path, monkeypatch):
-    build(tmp_path / "d", "🐶", monkeypatch)
+def test_a_bucket_of_one_record_works(load, tmp_path):
+    make_emojis(tmp_path / "d", "🐶")
     assert set(load(tmp_path / "d").batch_at(5)["ids"]) == {"1F436"}
 
 
-def test_an_empty_bucket_is_left_out_with_a_word(load, tmp_path, monkeypatch, caplog):
+def test_an_empty_bucket_is_left_out_with_a_word(load, tmp_path, caplog):
     buckets = (Bucket(32, 32), Bucket(40, 24))
-    build(tmp_path / "d", "🐶🐱", monkeypatch, buckets=buckets)
+    make_emojis(tmp_path / "d", "🐶🐱", buckets)
     with caplog.at_level(logging.INFO, logger="absl"):
         loader = load(tmp_path / "d")
     assert loader.buckets == (Bucket(32, 32),)
@@ -284,9 +275,39 @@ def test_a_missing_shard_is_noticed_at_the_start(load, dataset, tmp_path):
     shard.unlink()
     with pytest.raises(InputError, match=rf"lacks {shard.name}. Copy it again"):
         load(copy)
-    (copy / "dataset_info.json").unlink()
-    with pytest.raises(InputError, match=r"lacks dataset_info.json"):
+
+
+def test_a_shard_that_is_cut_short_is_noticed_at_the_start(load, dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    (shard,) = copy.glob("*32x32*")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"as it was written \(it has [\d,]+ of [\d,]+ bytes\)"):
         load(copy)
+
+
+def test_a_shard_that_vanishes_stops_the_run(load, dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    loader = load(copy, buckets=[Bucket(32, 32)])
+    (shard,) = copy.glob("*32x32*")
+    shard.unlink()
+    with pytest.raises(InputError, match="was there when the run began, and is gone"):
+        loader.batch_at(0)
+
+
+def test_a_flipped_byte_costs_one_record(load, dataset, tmp_path, caplog):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    (shard,) = copy.glob("*32x32*")
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"IDAT", len(content) // 8) + 20] ^= 255
+    shard.write_bytes(content)
+    loader = load(copy, buckets=[Bucket(32, 32)])
+    (split,) = [s for s in loader.manifests[0].splits if s.bucket == Bucket(32, 32)]
+    seen = set()
+    for step in range(8):
+        seen |= set(loader.batch_at(step)["ids"])
+    assert len(seen) == split.num_records - 1
+    assert loader.num_replaced >= 8 * 8 // split.num_records
+    assert caplog.text.count("takes its place") == 1
 
 
 @pytest.mark.parametrize(
@@ -317,25 +338,14 @@ def test_captions_that_the_policy_excludes_are_noticed_at_the_start(load, tmp_pa
         InputError, match=r"24 of 24 records .* short captions in ar, de, .*: long;"
     ):
         load(policy=CaptionPolicy(kinds={"long": 1.0}))
-    recipe = records.Recipe("two", (Bucket(32, 32),), 32, 4, "CC0", "by nobody")
-    (dog, cat) = openmoji.pictures("🐶🐱", resolution=32)
-    only_german = tuple(c for c in dog.captions if c.language == "de")
-    pictures = [cat, records.Picture("German", dog.image, only_german)]
-    records.build(tmp_path / "d", recipe, pictures)
-    load(tmp_path / "d", policy=CaptionPolicy(languages=("en", "de")))
+    items = [
+        picture("a", captions=[Caption("cat", "short", "en")]),
+        picture("German", captions=[Caption("hund", "short", "de")]),
+    ]
+    make_dataset(tmp_path / "d", items)
+    load(tmp_path / "d", policy=CaptionPolicy(languages={"en": 1.0, "de": 1.0}))
     with pytest.raises(
-        InputError, match=r"1 of 2 records \(one is 'German'\) have short captions in de; .*: en\)"
+        InputError,
+        match=r"1 of 2 records of .* \(one is 'German'\) have short captions in de; .*: en\)",
     ):
-        load(tmp_path / "d", policy=CaptionPolicy(languages=("en",)))
-    silent = records.Picture("silent", dog.image, ())
-    records.build(tmp_path / "silent", recipe, [silent])
-    with pytest.raises(InputError, match="have no caption;"):
-        load(tmp_path / "silent")
-
-
-def test_a_caption_of_an_unknown_kind_is_refused(tmp_path):
-    (dog,) = openmoji.pictures("🐶", resolution=32)
-    recipe = records.Recipe("one", (Bucket(32, 32),), 32, 4, "CC0", "by nobody")
-    odd = records.Picture("odd", dog.image, (Caption("x", "poem", "en"),))
-    with pytest.raises(ValueError, match=r"caption kinds \{'poem'\} are not among"):
-        records.build(tmp_path / "d", recipe, [odd])
+        load(tmp_path / "d", policy=CaptionPolicy(languages={"en": 1.0}))

@@ -1,3 +1,5 @@
+"""What is on the disk: records, shards, the manifest."""
+
 import dataclasses
 import io
 import json
@@ -9,42 +11,51 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lumina_jax.data import openmoji, records
+from lumina_jax.data import records
 from lumina_jax.data.buckets import Bucket, pad_to_fit
 from lumina_jax.data.captions import Caption
+from lumina_jax.data.records import Manifest, Record, Records
+from lumina_jax.data.sources import openmoji
 from lumina_jax.errors import InputError
 from lumina_jax.version import __version__
-
-CAPTIONS = (Caption("a", "short", "en"),)
-BUCKETS = (Bucket(16, 16), Bucket(20, 12))
-
-
-def picture(name: str, size=(40, 40), captions=CAPTIONS) -> records.Picture:
-    rng = np.random.default_rng(len(name))
-    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
-    return records.Picture(name, image, captions)
-
-
-def recipe(**changes) -> records.Recipe:
-    settings = {
-        "source": "noise",
-        "buckets": BUCKETS,
-        "resolution": 16,
-        "pixels_per_token": 4,
-        "license": "CC0",
-        "attribution": "by nobody",
-    }
-    return records.Recipe(**(settings | changes))
+from tests.small_data import make_dataset, picture
 
 
 @pytest.fixture
 def small(tmp_path):
-    directory = tmp_path / "small"
-    records.build(directory, recipe(), [picture("a"), picture("bb", (80, 48))])
-    return directory
+    make_dataset(tmp_path / "small", [picture("a"), picture("bb", (80, 48))])
+    return tmp_path / "small"
 
 
-def test_a_record_comes_back_as_it_was_written(dataset):
+def serialize(**changes) -> bytes:
+    given = {
+        "id": "a/b.jpg",
+        "source": "folder",
+        "image": b"\x89PNG",
+        "captions": [Caption("eine Katze", "long", "de"), Caption("猫", "tags", "zh")],
+        "size": (640, 480),
+    }
+    return records.serialize(**(given | changes))
+
+
+def test_a_record_survives_its_bytes():
+    record = Record(serialize())
+    assert (record.id, record.source, record.image) == ("a/b.jpg", "folder", b"\x89PNG")
+    assert record.captions == (Caption("eine Katze", "long", "de"), Caption("猫", "tags", "zh"))
+    assert record.size == (640, 480)
+    assert Record(serialize(captions=[])).captions == ()
+    assert serialize() == serialize()
+
+
+def test_cached_features_are_added_to_what_a_record_has():
+    content = Record(serialize()).with_caches(latents=b"12", cap_feats=[b"3", b""])
+    record = Record(content)
+    assert (record.latents, list(record.cap_feats)) == (b"12", [b"3", b""])
+    assert Record(record.with_caches(latents=b"4")).latents == b"4"
+    assert (record.image, record.captions) == (b"\x89PNG", Record(serialize()).captions)
+
+
+def test_any_tfds_tool_can_read_a_dataset(dataset):
     (dog,) = openmoji.pictures("🐶", resolution=32)
     builder = tfds.builder_from_directory(dataset)
     source = builder.as_data_source("train_32x32", decoders={"image": tfds.decode.SkipDecoding()})
@@ -60,11 +71,20 @@ def test_a_record_comes_back_as_it_was_written(dataset):
     ] == list(dog.captions)
 
 
+def test_tfds_decodes_the_picture_that_we_decode(small):
+    (record,) = tfds.builder_from_directory(small).as_data_source("train_32x32[:1]")
+    assert record["image"].shape == (32, 32, 3)
+    assert record["image"].dtype == np.uint8
+
+
 def test_the_manifest_counts_what_is_in_the_shards(dataset):
-    manifest = records.Manifest.load(dataset)
+    manifest = Manifest.load(dataset)
     splits = tfds.builder_from_directory(dataset).info.splits
     assert {split.name: split.num_records for split in manifest.splits} == {
         name: info.num_examples for name, info in splits.items()
+    }
+    assert {shard.name: shard.num_bytes for s in manifest.splits for shard in s.shards} == {
+        path.name: path.stat().st_size for path in dataset.glob("pictures-*")
     }
     assert manifest.num_records == 24
     assert manifest.resolution == 32
@@ -77,116 +97,37 @@ def test_the_manifest_counts_what_is_in_the_shards(dataset):
 
 
 def test_a_manifest_survives_saving_and_loading(dataset, tmp_path):
-    manifest = records.Manifest.load(dataset)
+    manifest = Manifest.load(dataset)
     manifest.save(tmp_path)
-    assert records.Manifest.load(tmp_path) == manifest
+    assert Manifest.load(tmp_path) == manifest
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
-
-
-def test_pictures_go_to_their_buckets_and_empty_buckets_are_listed(tmp_path):
-    pictures = [picture("a"), picture("b"), picture("c", (10, 10))]
-    manifest = records.build(tmp_path / "d", recipe(), pictures)
-    assert {str(s.bucket): s.num_records for s in manifest.splits} == {"16x16": 3, "20x12": 0}
-
-
-def test_small_pictures_are_lossless_and_large_ones_are_jpeg():
-    image = picture("a").image
-    assert Image.open(io.BytesIO(records.encode(image, 128))).format == "PNG"
-    assert Image.open(io.BytesIO(records.encode(image, 256))).format == "JPEG"
-
-
-def test_the_fingerprint_follows_the_content(tmp_path, small):
-    same = records.build(tmp_path / "same", recipe(), [picture("a"), picture("bb", (80, 48))])
-    caption = picture("bb", (80, 48), (Caption("b", "short", "en"),))
-    other = records.build(tmp_path / "other", recipe(), [picture("a"), caption])
-    assert records.Manifest.load(small).fingerprint == same.fingerprint != other.fingerprint
-
-
-def test_a_finished_dataset_is_left_as_it_is(small):
-    def explode():
-        raise AssertionError("a picture was asked for")
-        yield
-
-    assert records.build(small, recipe(), explode()) == records.Manifest.load(small)
-
-
-def test_a_dataset_of_other_settings_is_not_replaced_unless_asked(small):
-    other = recipe(buckets=BUCKETS[:1], options={"emojis": "all"})
-    with pytest.raises(
-        InputError,
-        match=r"buckets is \['16x16', '20x12'\] there and \['16x16'\] here; emojis is None there",
-    ):
-        records.build(small, other, [picture("c")])
-    manifest = records.build(small, other, [picture("c")], overwrite=True)
-    assert records.Manifest.load(small) == manifest
-    assert manifest.num_records == 1
-    assert not list(small.glob("*20x12*"))
-
-
-def test_a_build_that_fails_leaves_nothing_and_keeps_what_was_there(small, tmp_path):
-    before = records.Manifest.load(small)
-
-    def stop():
-        yield picture("c")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        records.build(tmp_path / "new", recipe(), stop())
-    with pytest.raises(KeyboardInterrupt):
-        records.build(small, recipe(), stop(), overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
-    assert records.Manifest.load(small) == before
-
-
-def test_no_picture_at_all_is_refused(tmp_path):
-    with pytest.raises(InputError, match="noise gave no picture"):
-        records.build(tmp_path / "d", recipe(), [])
-
-
-def test_what_is_no_dataset_is_never_removed(tmp_path):
-    (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match=r"holds files but no manifest\.json"):
-        records.build(tmp_path, recipe(), [picture("a")])
-    with pytest.raises(InputError, match="so --overwrite does not remove it"):
-        records.build(tmp_path, recipe(), [picture("a")], overwrite=True)
-    assert (tmp_path / "letter.txt").read_text() == "dear"
-
-
-def test_an_unfinished_dataset_can_be_replaced(small):
-    (small / "manifest.json").unlink()
-    with pytest.raises(InputError, match="an unfinished dataset, or something else"):
-        records.build(small, recipe(), [picture("a")])
-    assert records.build(small, recipe(), [picture("a")], overwrite=True).num_records == 1
 
 
 def test_a_directory_without_a_manifest_says_how_to_make_one(tmp_path):
     with pytest.raises(InputError, match=r"no manifest.json. Make one with tools/prepare_data"):
-        records.Manifest.load(tmp_path / "nothing")
+        Manifest.load(tmp_path / "nothing")
 
 
-def test_a_damaged_manifest_is_refused(small, tmp_path):
+def test_a_directory_of_datasets_names_those_that_are_in_it(small):
+    with pytest.raises(InputError, match=rf"Or choose one of these: {small}\."):
+        Manifest.load(small.parent)
+
+
+def test_a_damaged_manifest_is_refused(small):
     path = small / "manifest.json"
     content = json.loads(path.read_text())
     path.write_text("{")
     with pytest.raises(InputError, match="is damaged"):
-        records.Manifest.load(small)
+        Manifest.load(small)
     path.write_text(json.dumps({k: v for k, v in content.items() if k != "splits"}))
     with pytest.raises(InputError, match=r"is damaged \(KeyError\('splits'\)\)"):
-        records.Manifest.load(small)
+        Manifest.load(small)
     path.write_text(json.dumps(content | {"cache": {"latents": {"fingerprint": "pixels"}}}))
     with pytest.raises(InputError, match=r"is damaged .*missing .*'downscale'"):
-        records.Manifest.load(small)
+        Manifest.load(small)
     path.write_text(json.dumps(content | {"format": 99}))
-    with pytest.raises(InputError, match=r"has format 99, .* reads format 1"):
-        records.Manifest.load(small)
-
-
-def test_a_manifest_from_before_there_were_caches_can_be_read(small):
-    path, manifest = small / "manifest.json", records.Manifest.load(small)
-    content = json.loads(path.read_text())
-    assert content.pop("cache") == {}
-    path.write_text(json.dumps(content))
-    assert records.Manifest.load(small) == manifest
+    with pytest.raises(InputError, match=r"has format 99, .* reads format 2"):
+        Manifest.load(small)
 
 
 def test_a_manifest_with_caches_survives_saving_and_loading(small, tmp_path):
@@ -200,9 +141,9 @@ def test_a_manifest_with_caches_survives_saving_and_loading(small, tmp_path):
         num_truncated=1,
     )
     cache = {"latents": records.LatentsCache("vae", 8, 16), "cap_feats": cap_feats}
-    manifest = dataclasses.replace(records.Manifest.load(small), cache=cache)
+    manifest = dataclasses.replace(Manifest.load(small), cache=cache)
     manifest.save(tmp_path)
-    found = records.Manifest.load(tmp_path)
+    found = Manifest.load(tmp_path)
     assert found == manifest
     np.testing.assert_array_equal(found.cache["cap_feats"].decode(None), empty)
     np.testing.assert_array_equal(found.cache["cap_feats"].decode(empty[:1].tobytes()), empty[:1])
@@ -211,6 +152,38 @@ def test_a_manifest_with_caches_survives_saving_and_loading(small, tmp_path):
     np.testing.assert_array_equal(decoded, latents)
 
 
+def test_records_of_many_shards_are_read_in_the_order_asked_for(tmp_path):
+    items = [picture("x" * n) for n in range(1, 13)]
+    manifest = make_dataset(tmp_path / "d", items, shard_bytes=500)
+    split = manifest.splits[0]
+    assert len(split.shards) > 3
+    stored = Records(tmp_path / "d", split)
+    assert [Record(stored[i]).id for i in range(len(stored))] == [item.id for item in items]
+    order = [7, 0, 11, 3, 7, 2]
+    assert [Record(c).id for c in stored.read(order)] == [items[i].id for i in order]
+
+
+def test_a_shard_that_is_not_finished_has_no_name(tmp_path):
+    def fail():
+        with records.shard_writer(tmp_path / "shard") as write:
+            write(b"x")
+            assert len(list(tmp_path.iterdir())) == 1
+            raise RuntimeError("out of power")
+
+    with pytest.raises(RuntimeError, match="out of power"):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dataset_can_be_moved(dataset, tmp_path):
     moved = shutil.copytree(dataset, tmp_path / "elsewhere")
     assert len(tfds.builder_from_directory(moved).as_data_source("train_32x32")) > 0
+    records.check_complete(moved, Manifest.load(moved).splits)
+
+
+def test_only_what_a_dataset_is_made_of_is_removed(small):
+    (small / "letter.txt").write_text("dear")
+    records.remove(small)
+    assert {path.name for path in small.iterdir()} == {"letter.txt", "report.json"}
+    with pytest.raises(InputError, match=r"is not a dataset .* so --overwrite does not touch it"):
+        records.remove(small)

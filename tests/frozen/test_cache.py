@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 
 from lumina_jax import sharding
-from lumina_jax.data import openmoji, records
-from lumina_jax.data.buckets import Bucket
+from lumina_jax.data import images
 from lumina_jax.data.captions import CaptionPolicy
-from lumina_jax.data.loader import Loader, captions_of, decode_image, open_records
-from lumina_jax.data.records import Manifest
+from lumina_jax.data.loader import Dataset, Loader
+from lumina_jax.data.records import Manifest, Record, Records
+from lumina_jax.data.sources import openmoji
 from lumina_jax.errors import InputError
 from lumina_jax.frozen import cache
 from lumina_jax.frozen.autoencoder import Pixels
 from lumina_jax.frozen.text_encoder import make_text_encoder
 from lumina_jax.frozen.use import UniversalSentenceEncoder
 from lumina_jax.system_prompts import SYSTEM_PROMPTS
+from tests.small_data import damage, make_emojis
 
 ROUNDING = {"rtol": 2**-8, "atol": 1e-5}  # of bfloat16, and of the sums on another mesh
 ROOT = pathlib.Path(__file__).parents[2]
@@ -65,27 +66,18 @@ def cached(dataset, make, tmp_path_factory):
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """Four pictures, one of them cut short in the middle of its bytes."""
-    directory, encode = tmp_path_factory.mktemp("few") / "emojis", records.encode
-    ids = iter(sorted(emoji.id for emoji in openmoji.select("🐶🐱🍎🍋")))
-
-    def encode_some(image, resolution):
-        content = encode(image, resolution)
-        return content[: len(content) // 2] if next(ids) == "1F436" else content
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "encode", encode_some)
-        openmoji.prepare(directory, emojis="🐶🐱🍎🍋", resolution=32, buckets=(Bucket(32, 32),))
+    directory = tmp_path_factory.mktemp("few") / "emojis"
+    make_emojis(directory, "🐶🐱🍎🍋")
+    damage(directory, {"1F436"})
     return directory
 
 
 def stored(directory):
     """{id: (bucket, record)} of a data set."""
-    splits = [split for split in Manifest.load(directory).splits if split.num_records]
-    open_split = open_records(directory, splits)
     return {
-        record["id"].decode(): (split.bucket, record)
-        for split in splits
-        for record in map(open_split(split).__getitem__, range(split.num_records))
+        record.id: (split.bucket, record)
+        for split in Manifest.load(directory).splits
+        for record in map(Record, Records(directory, split).read(range(split.num_records)))
     }
 
 
@@ -107,15 +99,16 @@ def test_every_record_has_the_features_of_its_own_picture_and_captions(dataset, 
     assert list(after) == list(before)  # in the same order, so that a run sees the same rows
     for record_id, (bucket, record) in after.items():
         _, original = before[record_id]
-        assert record["image"] == original["image"]
-        assert captions_of(record) == captions_of(original)
-        image = decode_image(record["image"], bucket)
-        latents = manifest.cache["latents"].decode(record["latents"], bucket)
+        assert record.image == original.image
+        assert record.captions == original.captions
+        image = np.empty((bucket.height, bucket.width, 3), np.uint8)
+        images.decode_stored(record.image, image)
+        latents = manifest.cache["latents"].decode(record.latents, bucket)
         np.testing.assert_allclose(latents.astype(np.float32), image / 127.5 - 1, **ROUNDING)
 
     bucket, record = after["1F436"]
-    texts = [SYSTEM_PROMPTS["base"] + c.text for c in captions_of(record)]
-    for content, features, mask in zip(record["cap_feats"], *encode(texts), strict=True):
+    texts = [SYSTEM_PROMPTS["base"] + c.text for c in record.captions]
+    for content, features, mask in zip(record.cap_feats, *encode(texts), strict=True):
         found = manifest.cache["cap_feats"].decode(content)
         assert len(found) == mask.sum() < 32
         np.testing.assert_allclose(found.astype(np.float32), features[mask], **ROUNDING)
@@ -126,7 +119,7 @@ def test_a_batch_from_the_cache_is_the_batch_of_a_run_without_one(
 ):
     def load(directory, features):
         return Loader(
-            directory,
+            [Dataset(str(directory))],
             batch_size=8,
             seed=3,
             tokenize=text_encoder.tokenize,
@@ -153,22 +146,32 @@ def test_a_batch_from_the_cache_is_the_batch_of_a_run_without_one(
     ("name", "absent"), [("latents", {"images", "cap_feats"}), ("cap_feats", {"latents"})]
 )
 def test_one_of_the_two_features_can_be_read_alone(cached, text_encoder, name, absent):
-    loader = Loader(cached, batch_size=4, seed=0, tokenize=text_encoder.tokenize, features=(name,))
+    loader = Loader(
+        [Dataset(str(cached))],
+        batch_size=4,
+        seed=0,
+        tokenize=text_encoder.tokenize,
+        features=(name,),
+    )
     batch = loader.batch_at(0)
     assert name in batch
     assert not absent & set(batch)
 
 
 def test_latents_are_read_without_decoding_the_picture(cached, text_encoder, monkeypatch):
-    monkeypatch.delattr("lumina_jax.data.loader.Image")
-    loader = Loader(cached, batch_size=4, seed=0, tokenize=text_encoder.tokenize, features=BOTH)
+    monkeypatch.delattr("lumina_jax.data.images.decode_stored")
+    loader = Loader(
+        [Dataset(str(cached))], batch_size=4, seed=0, tokenize=text_encoder.tokenize, features=BOTH
+    )
     assert loader.batch_at(0)["latents"].shape[0] == 4
 
 
 def test_the_manifest_says_what_made_the_features(dataset, cached, text_encoder):
     before, manifest = Manifest.load(dataset), Manifest.load(cached)
     assert before.cache == {}
-    assert manifest.splits == before.splits
+    for ours, theirs in zip(manifest.splits, before.splits, strict=True):
+        assert (ours.bucket, ours.caption_sets) == (theirs.bucket, theirs.caption_sets)
+        assert ours.num_records == theirs.num_records
     assert manifest.fingerprint != before.fingerprint
     latents, cap_feats = manifest.cache["latents"], manifest.cache["cap_feats"]
     assert (latents.fingerprint, latents.downscale, latents.channels) == ("pixels", 1, 3)
@@ -187,8 +190,14 @@ def test_a_damaged_picture_is_replaced_as_without_a_cache(few, make, tmp_path, c
     make(few, tmp_path / "d", ("latents",))
     assert "Record 1F436 of bucket 32x32 cannot be decoded" in caplog.text
     tokenize = make_text_encoder("use", max_tokens=4).tokenize
-    plain = Loader(few, batch_size=8, seed=0, tokenize=tokenize)
-    quick = Loader(tmp_path / "d", batch_size=8, seed=0, tokenize=tokenize, features=("latents",))
+    plain = Loader([Dataset(str(few))], batch_size=8, seed=0, tokenize=tokenize)
+    quick = Loader(
+        [Dataset(str(tmp_path / "d"))],
+        batch_size=8,
+        seed=0,
+        tokenize=tokenize,
+        features=("latents",),
+    )
     for step in range(3):
         expected, found = plain.batch_at(step), quick.batch_at(step)
         np.testing.assert_array_equal(found["ids"], expected["ids"])
@@ -201,7 +210,11 @@ def test_features_can_be_added_one_after_the_other(few, make, tmp_path):
     manifest = make(tmp_path / "one", tmp_path / "two", ("cap_feats",))
     together = make(few, tmp_path / "both")
     assert manifest.cache == together.cache
-    assert stored(tmp_path / "two") == stored(tmp_path / "both")
+
+    def contents(name):
+        return {id: record.with_caches() for id, (_, record) in stored(tmp_path / name).items()}
+
+    assert contents("two") == contents("both")
 
 
 def test_a_finished_cache_is_left_as_it_is_and_another_is_not_replaced_unless_asked(
@@ -222,18 +235,30 @@ class Fails(UniversalSentenceEncoder):
 
     num_calls = 0
 
-    def tokenize(self, captions):
+    def tokenize(self, captions, num_slots=None):
         self.num_calls += 1
         if self.num_calls == 3:
             raise RuntimeError("out of power")
-        return super().tokenize(captions)
+        return super().tokenize(captions, num_slots)
 
 
-def test_what_is_stopped_in_the_middle_leaves_nothing(dataset, make, tmp_path):
-    failing = Fails(max_tokens=8)
+def test_what_was_stopped_in_the_middle_goes_on_at_its_next_shard(dataset, make, tmp_path):
+    failing, output = Fails(max_tokens=8), tmp_path / "d"
+    settings = {"text_encoder": failing, "batch_size": 4}
     with pytest.raises(RuntimeError, match="out of power"):
-        make(dataset, tmp_path / "d", ("cap_feats",), text_encoder=failing, batch_size=4)
-    assert not list(tmp_path.iterdir())
+        make(dataset, output, ("cap_feats",), **settings)
+    with pytest.raises(InputError, match="is not a finished dataset"):
+        Manifest.load(output)
+    finished = {path: path.stat().st_mtime_ns for path in output.glob("pictures*")}
+    assert finished
+    assert not list(output.glob(".*"))  # nothing half-written
+    with pytest.raises(InputError, match="features of another encoder"):
+        make(dataset, output, BOTH, **settings)
+
+    manifest = make(dataset, output, ("cap_feats",), **settings)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    whole = make(dataset, tmp_path / "whole", ("cap_feats",), **settings)
+    assert manifest == whole
 
 
 @pytest.mark.parametrize(

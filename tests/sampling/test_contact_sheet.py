@@ -28,6 +28,21 @@ def test_each_picture_fills_its_cell_in_its_own_shape():
     assert blue.sum() == 64 * 32
 
 
+def test_a_row_of_wide_pictures_is_as_high_as_they_are():
+    wide = np.full((8, 16, 3), (0, 0, 255), np.uint8)
+    sheet = np.asarray(contact_sheet([wide, wide, RED], ["", "", ""], columns=2, cell_size=64))
+    assert sheet.shape[0] == 3 * 8 + 32 + 64 + 4
+    assert (sheet[8 : 8 + 32, 8 : 8 + 64] == (0, 0, 255)).all()
+
+
+def test_several_captions_stand_one_below_another():
+    one = contact_sheet([RED], ["a dog"], columns=1, cell_size=64)
+    two = contact_sheet([RED], [["a dog", "a hound"]], columns=1, cell_size=64)
+    small = contact_sheet([RED], [["a dog", "a hound"]], columns=1, cell_size=64, text_size=0.05)
+    assert one.height < small.height < two.height
+    assert words_of(two)[one.height - 8 :].any()
+
+
 def test_captions_notes_and_title_are_drawn():
     plain = contact_sheet([RED], [""], columns=1, cell_size=64)
     caption = contact_sheet([RED], ["a dog"], columns=1, cell_size=64)

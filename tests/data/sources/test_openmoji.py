@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumina_jax.data import openmoji
-from lumina_jax.data.buckets import Bucket
+from lumina_jax.data.sources import openmoji
 from lumina_jax.errors import InputError
 
 
@@ -101,12 +100,13 @@ def test_a_missing_package_says_how_to_install_it(package, monkeypatch):
         list(openmoji.pictures("🐶", resolution=32))
 
 
-def test_buckets_must_be_whole_tokens_within_the_budget(tmp_path):
-    with pytest.raises(InputError, match="60x36 is not a multiple of 16 pixels"):
-        openmoji.prepare(tmp_path, resolution=48, pixels_per_token=16, buckets=(Bucket(60, 36),))
-    with pytest.raises(InputError, match="64x64 holds more than 144 tokens"):
-        openmoji.prepare(tmp_path, resolution=48, buckets=(Bucket(64, 64),))
-    with pytest.raises(InputError, match="Resolution 50 is not a multiple of 4 pixels per token"):
-        openmoji.prepare(tmp_path, resolution=50)
-    with pytest.raises(InputError, match="Buckets 48x48, 48x48: need one or more, each once"):
-        openmoji.prepare(tmp_path, resolution=48, buckets=(Bucket(48, 48),) * 2)
+def test_parts_hold_every_emoji_once_in_the_order_of_ids():
+    source = openmoji.OpenMojiSource(resolution=32)
+    names = [name for part in source.parts() for name in part.names]
+    assert names == [emoji.id for emoji in openmoji.select("all")]
+    assert len(source.parts()) > 1
+
+
+def test_settings_name_the_emojis_in_one_way_only():
+    assert openmoji.OpenMojiSource("🍎 🐶").settings() == openmoji.OpenMojiSource("🐶🍎").settings()
+    assert openmoji.OpenMojiSource().settings() == {"emojis": "all"}

@@ -16,15 +16,13 @@ import io
 import pathlib
 import types
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
-from etils import epath
 from PIL import Image
 
-from lumina_jax.data import records
-from lumina_jax.data.buckets import Bucket, bucket_sizes, pad_to_fit
 from lumina_jax.data.captions import Caption
+from lumina_jax.data.sources.base import Item, Part
 from lumina_jax.errors import InputError
 
 LICENSE = "CC BY-SA 4.0"
@@ -34,6 +32,7 @@ ATTRIBUTION = (
 LANGUAGES = ("ar", "de", "en", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
 SKIN_TONES = frozenset("\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
 VARIATION_SELECTOR = "\ufe0f"  # asks for the coloured form; file names carry it in some cases only
+_PART = 200  # emojis
 MARGIN = 0.05  # white around the ink, as a share of its longer side
 
 
@@ -45,47 +44,42 @@ class Emoji:
     captions: tuple[Caption, ...]
 
 
-def prepare(
-    directory: epath.PathLike,
-    *,
-    emojis: str | None = None,
-    resolution: int = 48,
-    pixels_per_token: int | None = None,
-    buckets: tuple[Bucket, ...] = (),
-    overwrite: bool = False,
-    progress: Callable[[Iterable[records.Picture], int], Iterable[records.Picture]] | None = None,
-) -> records.Manifest:
-    """Writes the data set to a directory, or returns the manifest of the one that is there.
+@dataclasses.dataclass(frozen=True)
+class OpenMojiSource:
+    """The drawings as a source.
 
-    `emojis` are the characters to draw; None or "all" draws every one without skin tones. Without
-    `pixels_per_token` it is 16, as the full model has it, and 4 below 256 px, for a small one.
-    Without `buckets` they are the official list of the resolution. `progress` wraps the pictures,
-    given their number, to show how far the work is.
+    Args:
+        emojis: the characters to draw; "all" draws every one without skin tones.
+        resolution: the largest that is made of them, in pixels.
     """
-    if pixels_per_token is None:
-        pixels_per_token = 16 if resolution >= 256 else 4
-    num_tokens = records.num_tokens(resolution, pixels_per_token)
-    selected = select(emojis)
-    recipe = records.Recipe(
-        source="openmoji",
-        buckets=buckets or bucket_sizes(num_tokens, pixels_per_token),
-        resolution=resolution,
-        pixels_per_token=pixels_per_token,
-        license=LICENSE,
-        attribution=ATTRIBUTION,
-        options={
-            "emojis": "all"
-            if emojis in (None, "all")
-            else " ".join(emoji.character for emoji in selected)
-        },
-    )
-    drawn = (draw(emoji, resolution) for emoji in selected)
-    if progress is not None:
-        drawn = progress(drawn, len(selected))
-    return records.build(directory, recipe, drawn, pad_to_fit, overwrite=overwrite)
+
+    emojis: str = "all"
+    resolution: int = 48
+
+    name: ClassVar[str] = "openmoji"
+    license: ClassVar[str] = LICENSE
+    attribution: ClassVar[str] = ATTRIBUTION
+
+    def settings(self) -> dict[str, Any]:
+        """The characters, in the order of their ids."""
+        if self.emojis == "all":
+            return {"emojis": "all"}
+        return {"emojis": " ".join(emoji.character for emoji in select(self.emojis))}
+
+    def parts(self) -> Sequence[Part]:
+        """So many emojis each that a part takes some seconds."""
+        ids = [emoji.id for emoji in select(self.emojis)]
+        chunks = (ids[i : i + _PART] for i in range(0, len(ids), _PART))
+        return [Part("openmoji", names=tuple(chunk)) for chunk in chunks]
+
+    def read(self, part: Part) -> Iterator[Item]:
+        """The trimmed drawings."""
+        by_id = {emoji.id: emoji for emoji in _catalogue().values()}
+        for name in part.names:
+            yield draw(by_id[name], self.resolution)
 
 
-def pictures(emojis: str | None = None, *, resolution: int) -> Iterator[records.Picture]:
+def pictures(emojis: str | None = None, *, resolution: int) -> Iterator[Item]:
     """Returns the trimmed drawings, large enough for a resolution, in the order of their ids."""
     return (draw(emoji, resolution) for emoji in select(emojis))
 
@@ -113,7 +107,7 @@ def select(emojis: str | None = None) -> tuple[Emoji, ...]:
     return tuple(known[key] for key in sorted(keys))
 
 
-def draw(emoji: Emoji, resolution: int) -> records.Picture:
+def draw(emoji: Emoji, resolution: int) -> Item:
     """Returns an emoji on white, trimmed to its ink and a small margin."""
     # Twice the resolution, so that fitting a bucket shrinks nearly all of them: sharper edges.
     size = max(256, 2 * resolution)
@@ -128,7 +122,7 @@ def draw(emoji: Emoji, resolution: int) -> records.Picture:
     margin = round(MARGIN * max(right - left, bottom - top))
     canvas = Image.new("RGB", (right - left + 2 * margin, bottom - top + 2 * margin), "white")
     canvas.paste(image.crop(ink), (margin, margin), mask=image.crop(ink))
-    return records.Picture(emoji.id, canvas, emoji.captions)
+    return Item(emoji.id, canvas, emoji.captions)
 
 
 @functools.cache

@@ -1,0 +1,461 @@
+"""From raw pictures to datasets: two maps over tasks, and between them a plan.
+
+    parts of a source -> process_part -> spooled records and an index of them
+    all indices       -> plan         -> which of them are duplicates, which shard each goes to
+    shards            -> fill_shard   -> ArrayRecord shards, then manifest and report
+
+Every task writes files that appear under their names when they are whole, and is left alone when
+they are there. So a run that was killed goes on where it was, a task may be tried twice, and where
+tasks run (processes of this machine, or Apache Beam; see `engine`) changes no byte of the result.
+
+A directory under way holds `unfinished/`, with the settings it belongs to, and no manifest.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from lumina_jax import files
+from lumina_jax.data import images, records
+from lumina_jax.data.buckets import (
+    Bucket,
+    bucket_sizes,
+    choose_bucket,
+    pad_to_fit,
+    resize_and_crop,
+)
+from lumina_jax.data.captions import KINDS
+from lumina_jax.data.engine import Engine
+from lumina_jax.data.images import Rejected
+from lumina_jax.data.plan import Index, IndexWriter, Plan, Report, ShardTask, make_plan
+from lumina_jax.data.records import Manifest, Shard, Split
+from lumina_jax.data.sources.base import Item, Part, Source
+from lumina_jax.errors import InputError
+
+REPORT = "report.json"
+FITS = {"crop": resize_and_crop, "pad": pad_to_fit}
+# Small pictures are stored without loss: at these sizes JPEG artefacts are a visible share of them.
+MAX_PNG_RESOLUTION = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """Keeps pictures whose score lies between two bounds, both included."""
+
+    score: str
+    low: float | None = None
+    high: float | None = None
+
+    def check(self, scores: Mapping[str, float]) -> None:
+        if self.score not in scores:
+            raise Rejected(f"no score {self.score}", f"it has {', '.join(scores) or 'none'}")
+        value = scores[self.score]
+        if self.low is not None and not value >= self.low:  # also what is not a number
+            raise Rejected(f"score {self.score} below {self.low:g}", f"{value:g}")
+        if self.high is not None and not value <= self.high:
+            raise Rejected(f"score {self.score} above {self.high:g}", f"{value:g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A dataset to make: of one resolution, below `directory`."""
+
+    directory: str
+    resolution: int
+    pixels_per_token: int
+    buckets: tuple[Bucket, ...]
+
+    def __post_init__(self):
+        """Checks the buckets against the token budget that the model gives to a resolution."""
+        side = self.pixels_per_token
+        budget = records.num_tokens(self.resolution, side)
+        faults = []
+        for bucket in self.buckets:
+            if bucket.width % side or bucket.height % side:
+                faults.append(f"{bucket} is not a multiple of {side} pixels")
+            elif (bucket.width // side) * (bucket.height // side) > budget:
+                faults.append(f"{bucket} holds more than {budget} tokens")
+        if faults:
+            raise InputError(
+                f"Buckets do not fit resolution {self.resolution} with {side} pixels per token: "
+                f"{'; '.join(faults)}. Change the buckets, the resolution or the pixels per token."
+            )
+        if not self.buckets or len(set(self.buckets)) < len(self.buckets):
+            raise InputError(
+                f"Buckets {', '.join(map(str, self.buckets)) or '()'}: need one or more, each once."
+            )
+
+
+def make_targets(
+    output: epath.PathLike,
+    resolutions: Sequence[int],
+    pixels_per_token: int | None = None,
+    buckets: Sequence[Bucket] = (),
+) -> tuple[Target, ...]:
+    """Returns the datasets to make: one lies at `output`, several below it by resolution.
+
+    Without `pixels_per_token` it is 16, as the full model has it, and 4 below 256 px, for a small
+    one. Without `buckets` they are the official list of the resolution.
+    """
+    if not resolutions or len(set(resolutions)) < len(resolutions):
+        raise InputError(f"Resolutions {list(resolutions)}: need one or more, each once.")
+    if buckets and len(resolutions) > 1:
+        raise InputError(
+            f"Buckets are sizes of one resolution, and there are {len(resolutions)}. Name one "
+            "resolution, or leave the buckets to be the official lists."
+        )
+    made = []
+    for resolution in sorted(resolutions):
+        side = pixels_per_token or (16 if resolution >= 256 else 4)
+        sizes = buckets or bucket_sizes(records.num_tokens(resolution, side), side)
+        directory = epath.Path(output)
+        if len(resolutions) > 1:
+            directory /= str(resolution)
+        made.append(Target(os.fspath(directory), resolution, side, tuple(sizes)))
+    return tuple(made)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How pictures become records.
+
+    Args:
+        fit: "crop" keeps the centre, "pad" keeps all and adds white.
+        min_size: of the shorter side of a picture, in pixels.
+        max_upscale: a picture is left out of a resolution that would enlarge it more.
+        filters: on the scores that a source gives.
+        keep_duplicates: whether pictures with equal pixels are kept.
+        quality: of JPEG, 1 to 95.
+        shard_bytes: size of a shard; the last one of a bucket is smaller.
+    """
+
+    fit: str = "crop"
+    min_size: int = 1
+    max_upscale: float = 1.5
+    filters: tuple[Filter, ...] = ()
+    keep_duplicates: bool = False
+    quality: int = 95
+    shard_bytes: int = 512 << 20
+
+    def __post_init__(self):
+        faults = []
+        if self.fit not in FITS:
+            faults.append(f"fit={self.fit!r} is not {' or '.join(FITS)}")
+        if self.min_size < 1:
+            faults.append(f"min_size={self.min_size} must be 1 pixel or more")
+        if not self.max_upscale > 0:
+            faults.append(f"max_upscale={self.max_upscale} must be above 0; 1 enlarges nothing")
+        if not 1 <= self.quality <= 95:
+            faults.append(f"quality={self.quality} must be 1 to 95")
+        if self.shard_bytes < 1:
+            faults.append(f"shard_bytes={self.shard_bytes} must be 1 or more")
+        if faults:
+            raise InputError(f"Cannot prepare data: {'; '.join(faults)}.")
+
+
+def prepare(
+    source: Source,
+    output: epath.PathLike,
+    targets: Sequence[Target],
+    settings: Settings | None = None,
+    *,
+    engine: Engine | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Makes the datasets, and returns what became of the pictures.
+
+    Finished datasets are left as they are. What an earlier call of the same settings has done
+    already is not done again.
+
+    Args:
+        source: of the pictures.
+        output: directory of the report, and of the datasets (see `make_targets`).
+        targets: the datasets to make.
+        settings: how.
+        engine: where the work is done; by default in this process.
+        overwrite: whether to replace datasets that are there.
+    """
+    settings, engine, output = settings or Settings(), engine or Engine(), epath.Path(output)
+    wanted = {target: _dataset_settings(source, target, settings) for target in targets}
+    if not overwrite and (report := _find_finished(output, wanted)) is not None:
+        return report
+    parts = source.parts()
+    job = Job(source, os.fspath(output / records.UNFINISHED), tuple(targets), settings)
+    _start(output, job, list(wanted.values()), parts, overwrite)
+
+    engine.run("Reading", job.process_part, list(enumerate(parts)))
+    plan = job.make_plan(len(parts))
+    if not any(plan.report.written):
+        # What was read stays, and so does the report, until the settings are others.
+        _save_report(output, plan.report, targets)
+        raise InputError(
+            f"None of the {plan.report.num_read:,} pictures of {source.name} can be written; "
+            f"{output / REPORT} says why. Change the source or the settings, and use --overwrite."
+        )
+    engine.run("Writing", job.fill_shard, plan.shards)
+    for column, (target, found) in enumerate(wanted.items()):
+        records.finish(
+            target.directory,
+            Manifest(
+                job.splits(plan, column),
+                found,
+                source.license,
+                source.attribution,
+                plan.fingerprints[column],
+            ),
+        )
+    _save_report(output, plan.report, targets)
+    (output / records.UNFINISHED).rmtree()
+    return plan.report
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The two kinds of tasks; it is sent to where they run.
+
+    Args:
+        source: of the pictures.
+        folder: what is kept between the tasks.
+        targets: the datasets to make.
+        settings: how.
+    """
+
+    source: Source
+    folder: str
+    targets: tuple[Target, ...]
+    settings: Settings
+
+    def process_part(self, task: tuple[int, Part]) -> None:
+        """Spools the records of a part, one file for each target, then writes their index."""
+        number, part = task
+        index_path = self._path(number, "npz")
+        if index_path.exists():
+            return
+        index = IndexWriter(len(self.targets))
+        with contextlib.ExitStack() as stack:
+            spools = [
+                stack.enter_context(records.shard_writer(self._spool(number, column)))
+                for column in range(len(self.targets))
+            ]
+            for item in self.source.read(part):
+                index.num_read += 1
+                try:
+                    self._process(item, index, spools)
+                except Rejected as why:
+                    index.reject_everywhere(item.id, why)
+        files.write(index_path, index.to_bytes())
+
+    def _process(self, item: Item, index: IndexWriter, spools: Sequence[Callable]) -> None:
+        image = self._accept(item)
+        stored = []
+        for column, target in enumerate(self.targets):
+            bucket = choose_bucket(*image.size, target.buckets)
+            try:
+                record = self._make_record(item, image, bucket, target)
+            except Rejected as why:
+                index.reject(column, item.id, why)
+                stored.append(None)
+            else:
+                spools[column](record)
+                stored.append((target.buckets.index(bucket), record))
+        pixels = repr(image.size).encode() + image.tobytes()
+        index.add(item.id, item.captions, pixels, stored)
+
+    def _accept(self, item: Item) -> Image.Image:
+        """Returns the picture of an item, unless no target can have it."""
+        if item.fault is not None:
+            raise item.fault
+        if not item.captions:
+            raise Rejected("no caption")
+        if unknown := {caption.kind for caption in item.captions} - set(KINDS):
+            raise Rejected("unknown caption kind", ", ".join(sorted(unknown)))
+        for score in self.settings.filters:
+            score.check(item.scores)
+        drawn = isinstance(item.image, Image.Image)
+        image = images.to_rgb(item.image) if drawn else images.decode(item.image)
+        if min(image.size) < self.settings.min_size:
+            raise Rejected("too small", f"{image.width}x{image.height}")
+        return image
+
+    def _make_record(self, item: Item, image: Image.Image, bucket: Bucket, target: Target) -> bytes:
+        scales = bucket.width / image.width, bucket.height / image.height
+        upscale = max(scales) if self.settings.fit == "crop" else min(scales)
+        if upscale > self.settings.max_upscale:
+            size = f"{image.width}x{image.height}"
+            raise Rejected("too small", f"{size}, to be enlarged {upscale:.1f} times")
+        fitted = FITS[self.settings.fit](image, bucket)
+        return records.serialize(
+            id=item.id,
+            source=self.source.name,
+            image=encode(fitted, target.resolution, self.settings.quality),
+            captions=item.captions,
+            size=image.size,
+        )
+
+    def make_plan(self, num_parts: int) -> Plan:
+        def save_kept(number, kept):
+            content = io.BytesIO()
+            np.save(content, kept)
+            files.write(self._path(number, "kept"), content.getvalue())
+
+        return make_plan(
+            self._load_index,
+            save_kept,
+            num_parts,
+            [len(target.buckets) for target in self.targets],
+            shard_bytes=self.settings.shard_bytes,
+            keep_duplicates=self.settings.keep_duplicates,
+        )
+
+    def fill_shard(self, task: ShardTask) -> None:
+        """Copies the records of a shard out of the spools."""
+        path = self._shard_path(task)
+        if path.exists():
+            return
+        with records.shard_writer(path) as write:
+            for number, start, stop in task.pieces:
+                index = self._load_index(number)
+                kept = np.load(io.BytesIO(self._path(number, "kept").read_bytes()))
+                rows = index.select(kept, task.column, task.bucket)[start:stop]
+                rows = index.spooled(rows, task.column).tolist()
+                for record in records.read_shard(self._spool(number, task.column), rows):
+                    write(record)
+
+    def splits(self, plan: Plan, column: int) -> tuple[Split, ...]:
+        """The splits of a target, when its shards are filled; those without records too."""
+        shards: dict[int, list[Shard]] = collections.defaultdict(list)
+        for task in plan.shards:
+            if task.column == column:
+                path = self._shard_path(task)
+                shards[task.bucket].append(Shard(path.name, task.num_records, path.stat().length))
+        buckets = self.targets[column].buckets
+        return tuple(
+            Split(buckets[i], tuple(shards[i]), plan.caption_sets.get((column, i), ()))
+            for i in sorted(range(len(buckets)), key=lambda i: buckets[i])
+        )
+
+    def _path(self, number: int, ending: str) -> epath.Path:
+        return epath.Path(self.folder) / f"{number:06d}.{ending}"
+
+    def _spool(self, number: int, column: int) -> epath.Path:
+        return self._path(number, f"{self.targets[column].resolution}px")
+
+    def _load_index(self, number: int) -> Index:
+        return Index(self._path(number, "npz").read_bytes())
+
+    def _shard_path(self, task: ShardTask) -> epath.Path:
+        target = self.targets[task.column]
+        name = records.shard_name(target.buckets[task.bucket], task.number, task.count)
+        return epath.Path(target.directory) / name
+
+
+def encode(image: Image.Image, resolution: int, quality: int) -> bytes:
+    """Returns the picture as it is stored."""
+    content = io.BytesIO()
+    if resolution <= MAX_PNG_RESOLUTION:
+        image.save(content, format="PNG")
+    else:
+        image.save(content, format="JPEG", quality=quality)
+    return content.getvalue()
+
+
+def _dataset_settings(source: Source, target: Target, settings: Settings) -> dict[str, Any]:
+    """What must be equal for a dataset to be used again, as JSON knows it."""
+    given = {
+        "source": source.name,
+        "resolution": target.resolution,
+        "pixels_per_token": target.pixels_per_token,
+        "buckets": sorted(map(str, target.buckets)),
+        **dataclasses.asdict(settings),
+        **source.settings(),
+    }
+    return json.loads(json.dumps(given))
+
+
+def _find_finished(output: epath.Path, wanted: Mapping[Target, dict[str, Any]]) -> Report | None:
+    """Returns the report of datasets that are there already; refuses others."""
+    if (output / records.UNFINISHED).exists():
+        return None  # `_start` looks whose it is
+    manifests = {target: records.find(target.directory) for target in wanted}
+    if all(manifest is None for manifest in manifests.values()):
+        return None
+    for target, manifest in manifests.items():
+        there = manifest.settings if manifest else {}
+        _check_same(target.directory, there, wanted[target])
+    return _load_report(output)
+
+
+def _start(
+    output: epath.Path,
+    job: Job,
+    wanted: list[dict[str, Any]],
+    parts: Sequence[Part],
+    overwrite: bool,
+) -> None:
+    """Leaves `unfinished/` as this job may find it: with its own work, or empty."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(dataclasses.astuple(part)).encode())
+    mine = {"format": records.FORMAT, "parts": digest.hexdigest(), "datasets": wanted}
+    folder = output / records.UNFINISHED
+    path = folder / "settings.json"
+    if overwrite:
+        for target in job.targets:
+            records.remove(target.directory)
+        (output / REPORT).unlink(missing_ok=True)
+        folder.rmtree(missing_ok=True)
+    elif path.exists():
+        theirs = json.loads(path.read_text())
+        if len(theirs["datasets"]) == len(wanted):
+            for target, there, here in zip(job.targets, theirs["datasets"], wanted, strict=True):
+                _check_same(target.directory, there, here)
+        if theirs != mine:
+            raise InputError(
+                f"{output} holds unfinished datasets of another source, other resolutions or "
+                "another version, or the source has changed. Choose another directory, or begin "
+                "again with --overwrite."
+            )
+    files.write(path, json.dumps(mine, indent=1, ensure_ascii=False))
+
+
+def _check_same(directory: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    differences = [
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differences:
+        raise InputError(
+            f"{directory} holds another dataset: {'; '.join(differences)}. Choose another "
+            "directory, ask for the same settings, or replace it with --overwrite."
+        )
+
+
+def _save_report(output: epath.Path, report: Report, targets: Sequence[Target]) -> None:
+    resolutions = {
+        target.resolution: {"written": written, "rejected": rejected}
+        for target, written, rejected in zip(targets, report.written, report.rejected, strict=True)
+    }
+    content = {"read": report.num_read, "resolutions": resolutions, "examples": report.examples}
+    files.write(output / REPORT, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _load_report(output: epath.Path) -> Report:
+    content = json.loads((output / REPORT).read_text(encoding="utf-8"))
+    resolutions = content["resolutions"].values()
+    return Report(
+        content["read"],
+        tuple(found["written"] for found in resolutions),
+        tuple(found["rejected"] for found in resolutions),
+        {reason: [(id, detail) for id, detail in e] for reason, e in content["examples"].items()},
+    )
