@@ -15,6 +15,7 @@ same bucket at the same step, and one integer, the step, is the whole state of t
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -22,14 +23,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Int64
 from ml_dtypes import bfloat16
 
 from lumina_jax.data import images, order, records
@@ -40,6 +41,7 @@ from lumina_jax.errors import InputError
 
 Tokenize = Callable[..., tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]]
 
+_BATCHES_AT_ONCE = 64  # whose order is computed together, which costs hardly more than of one
 _NUM_BATCHES = 2**48  # of a bucket: for ever, but few enough for Grain to add up
 
 
@@ -229,8 +231,7 @@ class Loader:
         return {"cap_feats": cap_feats, "token_mask": token_mask}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
     """A record and the caption that was chosen for it; None for a dropped one."""
 
     dataset: int
@@ -269,9 +270,9 @@ class _BucketBatches:
         self._batch_size = batch_size
         local_size = batch_size // process_count
         self._local = slice(process_index * local_size, (process_index + 1) * local_size)
-        # Each bucket of a dataset has a seed of its own, which does not depend on the others.
         self._entropy = [seed, bucket.width, bucket.height]
         self._shares = [shares[number] for number in pictures]
+        self._rows_of = functools.lru_cache(maxsize=16)(self._rows_of)
 
     def __len__(self) -> int:
         return _NUM_BATCHES
@@ -281,19 +282,16 @@ class _BucketBatches:
         rng = np.random.default_rng([*self._entropy, number])
         kind = self._policies[0].draw_kind(rng.random())
         draws = rng.random((self._batch_size, CaptionPolicy.NUM_DRAWS))[self._local]
-        places = number * self._batch_size + np.arange(self._batch_size)[self._local]
-        streams, places = order.mixed(places, self._shares)
+        block, batch = divmod(number, _BATCHES_AT_ONCE)
+        streams, indices = (rows[batch] for rows in self._rows_of(block))
 
-        pixels = next(iter(self._pictures.values())).empty(len(places))
-        rows: list[Any] = [None] * len(places)
+        pixels = next(iter(self._pictures.values())).empty(len(indices))
+        rows: list[Any] = [None] * len(indices)
         for stream, (dataset, pictures) in enumerate(self._pictures.items()):
             mine = np.flatnonzero(streams == stream).tolist()
-            seed = np.random.SeedSequence([*self._entropy, dataset]).generate_state(1)[0]
-            indices = order.shuffled(places[mine], len(pictures), int(seed)).tolist()
+            found = pictures.read(indices[mine].tolist(), [pixels[row] for row in mine])
             policy = self._policies[dataset]
-            for row, record in zip(
-                mine, pictures.read(indices, [pixels[row] for row in mine]), strict=True
-            ):
+            for row, record in zip(mine, found, strict=True):
                 captions = record.captions
                 chosen = policy.choose(captions, draws[row], kind if self._one_kind else None)
                 text = policy.text(captions, chosen, draws[row])
@@ -305,6 +303,19 @@ class _BucketBatches:
             "ids": np.array([row.record.id for row in rows], object),
             "captions": [row.text for row in rows],
         }
+
+    def _rows_of(self, block: int) -> tuple[Int64[np.ndarray, "n b"], Int64[np.ndarray, "n b"]]:
+        """Where the local rows of so many batches come from: the stream, and the record there."""
+        batches = block * _BATCHES_AT_ONCE + np.arange(_BATCHES_AT_ONCE)[:, None]
+        rows = batches * self._batch_size + np.arange(self._batch_size)[self._local]
+        streams, places = order.mixed(rows.ravel(), self._shares)
+        indices = np.empty_like(places)
+        for stream, (dataset, pictures) in enumerate(self._pictures.items()):
+            # Each has a seed of its own, which does not depend on what else there is.
+            seed = np.random.SeedSequence([*self._entropy, dataset]).generate_state(1)[0]
+            mine = streams == stream
+            indices[mine] = order.shuffled(places[mine], len(pictures), int(seed))
+        return streams.reshape(rows.shape), indices.reshape(rows.shape)
 
 
 class _Undecodable:
@@ -369,10 +380,9 @@ class _Pictures:
 
     def _decode(self, index: int, content: bytes | None, out: np.ndarray) -> Record:
         for _ in range(len(self)):
-            name = f"Record {index}"
+            record = None
             try:
                 record = Record(self._read_one(index) if content is None else content)
-                name = f"Record {record.id}"
                 if self._latents is None:
                     images.decode_stored(record.image, out)
                 else:
@@ -381,7 +391,8 @@ class _Pictures:
             except InputError:
                 raise
             except Exception as error:  # what a decoder raises on damaged bytes is anything
-                self._undecodable.add(name, self._bucket, error)
+                name = f"number {index}" if record is None else record.id
+                self._undecodable.add(f"Record {name}", self._bucket, error)
             index, content = (index + 1) % len(self), None
         raise InputError(
             f"None of the {len(self)} records of bucket {self._bucket} can be decoded. {REMAKE}"
