@@ -257,21 +257,13 @@ def model_config(
 def make_loader(config: ConfigDict, text_encoder: TextEncoder, autoencoder: Autoencoder) -> Loader:
     """The batches of this process."""
     data = config.data
-    policy = CaptionPolicy(
-        kinds=dict(data.kinds),
-        languages=dict(data.languages),
-        dropout=data.caption_dropout,
-        dropout_keeps_system_prompt=data.dropout_keeps_system_prompt,
-        system_prompt=data.system_prompt,
-        shuffle_tags=data.shuffle_tags,
-    )
     datasets = make_datasets(data)
     loader = Loader(
         datasets,
         batch_size=config.train.batch_size,
         seed=config.seed,
         tokenize=text_encoder.tokenize,
-        policy=policy,
+        policy=caption_policy(data),
         buckets=[Bucket.parse(name) for name in data.buckets],
         features=data.cached,
         text_slots=dict(data.text_slots),
@@ -294,6 +286,18 @@ def make_loader(config: ConfigDict, text_encoder: TextEncoder, autoencoder: Auto
                 100 * share, dataset.directory, manifest.num_records, seen,
             )  # fmt: skip
     return loader
+
+
+def caption_policy(data: ConfigDict) -> CaptionPolicy:
+    """How a config wants captions to be chosen."""
+    return CaptionPolicy(
+        kinds=dict(data.kinds),
+        languages=dict(data.languages),
+        dropout=data.caption_dropout,
+        dropout_keeps_system_prompt=data.dropout_keeps_system_prompt,
+        system_prompt=data.system_prompt,
+        shuffle_tags=data.shuffle_tags,
+    )
 
 
 def make_datasets(data: ConfigDict) -> list[Dataset]:

@@ -98,13 +98,10 @@ def main(kind: str) -> None:
         quality=_QUALITY.value,
         shard_bytes=round(_SHARD_MB.value * 1e6),
     )
+    where = _make_engine()
+    source = _make_source(kind, max(resolutions))
     report = prepare.prepare(
-        _make_source(kind, max(resolutions)),
-        _OUTPUT.value,
-        targets,
-        settings,
-        engine=_make_engine(),
-        overwrite=_OVERWRITE.value,
+        source, _OUTPUT.value, targets, settings, engine=where, overwrite=_OVERWRITE.value
     )
     manifests = [Manifest.load(target.directory) for target in targets]
     plots.prepared_data(manifests, report, epath.Path(_OUTPUT.value) / "report.png")
@@ -154,11 +151,12 @@ def _filters() -> tuple[Filter, ...]:
         for text in flag.value:
             name, _, value = text.rpartition("=")
             try:
-                filters.append(Filter(name, **{bound: float(value)}))
+                score = Filter(name, **{bound: float(value)})
             except ValueError:
-                raise InputError(
-                    f"--{flag.name}={text} is not name=number, such as aesthetic=5."
-                ) from None
+                score = None
+            if not name or score is None:
+                raise InputError(f"--{flag.name}={text} is not name=number, such as aesthetic=5.")
+            filters.append(score)
     return tuple(filters)
 
 

@@ -58,7 +58,7 @@ def main() -> None:
     directory = _DATA.value or (config.data.directory if config else "")
     if not directory:
         raise InputError("Missing --data. Only a config with data.directory can do without.")
-    policy = caption_policy(config.data) if config else CaptionPolicy()
+    policy = train.caption_policy(config.data) if config else CaptionPolicy()
     encoder = make_text_encoder(
         **(config.text_encoder if config else {"kind": "use", "max_tokens": 256})
     )
@@ -84,17 +84,6 @@ def main() -> None:
         for split in splits:
             write_sheet(output / f"{split.bucket}.png", directory, split)
         console.print(f"statistics.png and {len(splits)} sheets in {output}")
-
-
-def caption_policy(data: ConfigDict) -> CaptionPolicy:
-    return CaptionPolicy(
-        kinds=dict(data.kinds),
-        languages=dict(data.languages),
-        dropout=data.caption_dropout,
-        dropout_keeps_system_prompt=data.dropout_keeps_system_prompt,
-        system_prompt=data.system_prompt,
-        shuffle_tags=data.shuffle_tags,
-    )
 
 
 def print_statistics(

@@ -1,5 +1,6 @@
 """The loader's one promise: step k has the same global batch on any number of processes."""
 
+import collections
 import hashlib
 import itertools
 import logging
@@ -13,6 +14,7 @@ from lumina_jax.data import records
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import Caption, CaptionPolicy
 from lumina_jax.data.loader import Dataset, Loader
+from lumina_jax.data.records import Manifest
 from lumina_jax.data.sources import openmoji
 from lumina_jax.errors import InputError
 from lumina_jax.system_prompts import prefixed
@@ -53,7 +55,7 @@ def joined(*shares) -> dict:
     }
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
+@pytest.mark.parametrize("process_count", [2, 4, 8])
 def test_the_global_batch_is_the_same_on_any_number_of_processes(load, process_count):
     alone = load()
     assert len(alone.buckets) == 3
@@ -349,3 +351,184 @@ def test_captions_that_the_policy_excludes_are_noticed_at_the_start(load, tmp_pa
         match=r"1 of 2 records of .* \(one is 'German'\) have short captions in de; .*: en\)",
     ):
         load(tmp_path / "d", policy=CaptionPolicy(languages={"en": 1.0}))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two small data sets: 30 pictures called a..., 10 called b..., in two buckets."""
+    folder = tmp_path_factory.mktemp("two")
+    buckets = (Bucket(32, 32), Bucket(40, 24))
+    for name, num in (("a", 30), ("b", 10)):
+        sizes = [(40, 40) if n % 5 else (50, 30) for n in range(num)]
+        items = [
+            picture(f"{name}{n}", size, [Caption(f"{name}{n}", "short", "en")])
+            for n, size in enumerate(sizes)
+        ]
+        make_dataset(folder / name, items, buckets, keep_duplicates=True)
+    return folder / "a", folder / "b"
+
+
+def count_rows(loader, steps: int) -> collections.Counter:
+    return collections.Counter(
+        record_id[0] for step in range(steps) for record_id in loader.batch_at(step)["ids"]
+    )
+
+
+def test_without_weights_every_record_is_as_likely(load, two):
+    counts = count_rows(load(*two), 100)
+    assert counts["a"] / 800 == pytest.approx(0.75, abs=0.01)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.2, 0.0])
+def test_a_mixture_has_the_shares_asked_for_within_each_batch(load, two, share):
+    a, b = two
+    loader = load(Dataset(str(a), share), Dataset(str(b), 1 - share))
+    counts = count_rows(loader, 100)
+    assert counts["a"] / 800 == pytest.approx(share, abs=0.01)
+    in_batches = {sum(i[0] == "a" for i in loader.batch_at(k)["ids"]) for k in range(40)}
+    assert max(in_batches) - min(in_batches) <= 3
+    # Every record of a data set is taken equally often.
+    ids = collections.Counter(
+        record_id for k in range(100) for record_id in loader.batch_at(k)["ids"]
+    )
+    for name in "ab":
+        of_name = [count for record_id, count in ids.items() if record_id[0] == name]
+        assert not of_name or max(of_name) - min(of_name) <= 3
+
+
+def test_a_mixture_is_the_same_on_any_number_of_processes(load, two):
+    datasets = [Dataset(str(two[0]), 0.6, "base"), Dataset(str(two[1]), 0.4, "real")]
+    alone = load(*datasets)
+    for count in (2, 8):
+        together = [load(*datasets, process_index=i, process_count=count) for i in range(count)]
+        for step in range(12):
+            shares = [loader.batch_at(step) for loader in together]
+            assert digest(joined(*shares)) == digest(alone.batch_at(step))
+
+
+def test_a_run_may_go_on_with_another_number_of_processes(load, two):
+    whole = [digest(load(*two).batch_at(step)) for step in range(12)]
+    found = []
+    for first, count in ((0, 4), (4, 1), (8, 8)):
+        shares = [
+            list(
+                itertools.islice(load(*two, process_index=i, process_count=count).iterate(first), 4)
+            )
+            for i in range(count)
+        ]
+        found += [digest(joined(*of_step)) for of_step in zip(*shares, strict=True)]
+    assert found == whole
+
+
+def test_each_data_set_may_have_its_own_system_prompt(load, two):
+    loader = load(
+        Dataset(str(two[0]), 0.5), Dataset(str(two[1]), 0.5, "real"),
+        policy=CaptionPolicy(dropout=0.0, system_prompt="base"),
+    )  # fmt: skip
+    for step in range(4):
+        batch = loader.batch_at(step)
+        for record_id, caption in zip(batch["ids"], batch["captions"], strict=True):
+            assert caption == prefixed(record_id, "base" if record_id[0] == "a" else "real")
+
+
+def test_the_fingerprint_of_a_mixture_follows_its_parts_and_shares(load, two):
+    a, b = map(str, two)
+    assert load(a).fingerprint == Manifest.load(a).fingerprint
+    prints = {load(Dataset(a, 1.0), Dataset(b, weight)).fingerprint for weight in (1.0, 2.0)} | {
+        load(a, b).fingerprint,
+        load(b, a).fingerprint,
+        load(a).fingerprint,
+    }
+    assert len(prints) == 5
+    assert (
+        load(Dataset(a, 1.0), Dataset(b, 3.0)).fingerprint
+        == load(Dataset(a, 2.0), Dataset(b, 6.0)).fingerprint
+    )
+
+
+def test_a_bucket_that_only_one_data_set_has_is_trained_on_too(load, two, tmp_path):
+    make_dataset(tmp_path / "c", [picture("c", (24, 40))], [Bucket(24, 40)])
+    loader = load(two[0], tmp_path / "c", batch_size=1)
+    assert loader.buckets == (Bucket(24, 40), Bucket(32, 32), Bucket(40, 24))
+    assert count_rows(loader, 31 * 10)["c"] == 10
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((1.0, None), "Some data ?sets have a weight, and .*/b have none"),
+        ((1.0, -1.0), r"weights \[1.0, -1.0\] must be zero or more"),
+        ((0.0, 0.0), "and one above zero"),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(load, two, weights, message):
+    datasets = [Dataset(str(d), w) for d, w in zip(two, weights, strict=True)]
+    with pytest.raises(InputError, match=message):
+        load(*datasets)
+    with pytest.raises(InputError, match="No dataset is named"):
+        Loader([], batch_size=1, seed=0, tokenize=lambda texts: None)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Twelve pictures with a long and a short caption, four with a short one only."""
+    items = [
+        picture(
+            f"p{n}",
+            captions=[Caption("long " * 6, "long", "en")] * (n < 12)
+            + [Caption(f"s{n}", "short", "en")],
+        )
+        for n in range(16)
+    ]
+    directory = tmp_path_factory.mktemp("kinds") / "d"
+    make_dataset(directory, items, keep_duplicates=True)
+    return directory
+
+
+def test_text_slots_follow_the_kind_that_all_captions_of_a_batch_have(load, kinds, tokenize):
+    def in_slots(texts, num_slots):
+        token_ids, token_mask = tokenize(texts)
+        return token_ids[:, :num_slots], token_mask[:, :num_slots]
+
+    policy = CaptionPolicy(kinds={"long": 3.0, "short": 1.0}, dropout=0.0)
+    loader = load(kinds, tokenize=in_slots, policy=policy, text_slots={"long": 12, "short": 4})
+    seen = collections.Counter()
+    for step in range(200):
+        batch = loader.batch_at(step)
+        slots = batch["token_ids"].shape[1]
+        seen[slots] += 1
+        assert batch["token_mask"].shape == (8, slots)
+        for record_id, caption in zip(batch["ids"], batch["captions"], strict=True):
+            is_long = slots == 12 and int(record_id[1:]) < 12  # else it has no such caption
+            assert caption.startswith("long" if is_long else "s")
+    assert set(seen) == {4, 12}
+    assert seen[12] / 200 == pytest.approx(0.75, abs=0.1)
+
+    shares = [
+        load(
+            kinds, tokenize=in_slots, policy=policy, text_slots={"long": 12, "short": 4},
+            process_index=i, process_count=4,
+        )
+        for i in range(4)
+    ]  # fmt: skip
+    for step in range(16):
+        of_step = [share.batch_at(step) for share in shares]
+        assert len({share["token_ids"].shape for share in of_step}) == 1
+        assert digest(joined(*of_step)) == digest(loader.batch_at(step))
+
+
+def test_text_slots_must_name_every_kind_that_is_taken(load, kinds):
+    with pytest.raises(InputError, match=r"text_slots .* name no slots for short captions"):
+        load(kinds, policy=CaptionPolicy(kinds={"long": 1.0, "short": 1.0}), text_slots={"long": 8})
+    with pytest.raises(InputError, match="must be 1 or more"):
+        load(kinds, policy=CaptionPolicy(kinds={"short": 1.0}), text_slots={"short": 0})
+
+
+def test_a_policy_reaches_the_texts(load, kinds):
+    policy = CaptionPolicy(
+        kinds={"short": 1.0}, dropout=0.5, dropout_keeps_system_prompt=True, system_prompt="base"
+    )
+    texts = {text for k in range(8) for text in load(kinds, policy=policy).batch_at(k)["captions"]}
+    assert prefixed("", "base") in texts
+    assert prefixed("s3", "base") in texts
+    assert "" not in texts
