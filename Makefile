@@ -11,7 +11,7 @@ WORKDIR := runs/tiny
 # Processes that share the tests; each of them takes up to 4 GB.
 WORKERS := 2
 
-.PHONY: demo test test-all lint format check venv clean
+.PHONY: demo test test-all test-beam lint format check venv clean
 
 ## Train a small model on real pictures and look at what it draws: about ten minutes on two cores.
 demo: $(VENV)/.demo
@@ -28,6 +28,10 @@ test: $(VENV)/.dev
 ## Slow ones too.
 test-all: $(VENV)/.dev
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+## Data preparation on Apache Beam, in an environment of its own (it asks for an older protobuf).
+test-beam: $(VENV)-beam/.beam
+	$(VENV)-beam/bin/python -m pytest tests/data/test_beam.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -50,6 +54,11 @@ $(VENV)/.demo: requirements.txt pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)-beam/.beam: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-beam
+	$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[beam,demo]' beartype pytest
 	touch $@
 
 clean:

@@ -132,16 +132,18 @@ def _make_source(kind: str, resolution: int) -> Source:
     return make_source(kind, _INPUT.value, **options)
 
 
+def _progress(description: str, total: int):
+    return progress_bar(description, total, unit="parts" if description == "Reading" else "shards")
+
+
 def _make_engine() -> engine.Engine:
     if _ENGINE.value == "beam":
-        return engine.Beam(_BEAM_OPTIONS.value, progress_bar)
+        return engine.Beam(_BEAM_OPTIONS.value, _progress)
     if _BEAM_OPTIONS.value:
         raise InputError("--beam_options are of --engine=beam, which is not given.")
     num_workers = _NUM_WORKERS.value or os.cpu_count() or 1
     return (
-        engine.Engine(progress_bar)
-        if num_workers == 1
-        else engine.Processes(num_workers, progress_bar)
+        engine.Engine(_progress) if num_workers == 1 else engine.Processes(num_workers, _progress)
     )
 
 

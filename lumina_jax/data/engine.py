@@ -34,11 +34,17 @@ class Engine:
     def run(self, description: str, function: Callable[[Any], None], tasks: Sequence[Any]) -> None:
         """Calls the function with each task; returns when all are done."""
         with self._progress(description, len(tasks)) as advance:
-            for done, _ in enumerate(self._map(function, tasks), start=1):
-                advance(done)
+            self._run(function, tasks, advance)
 
-    def _map(self, function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[None]:
-        yield from map(function, tasks)
+    def _run(
+        self,
+        function: Callable[[Any], None],
+        tasks: Sequence[Any],
+        advance: Callable[[int], None],
+    ) -> None:
+        for done, task in enumerate(tasks, start=1):
+            function(task)
+            advance(done)
 
 
 class Processes(Engine):
@@ -50,12 +56,13 @@ class Processes(Engine):
         super().__init__(progress)
         self._num_workers = num_workers
 
-    def _map(self, function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[None]:
+    def _run(self, function, tasks, advance) -> None:
         # Fresh processes: a fork of one that has threads may hang.
         context = multiprocessing.get_context("spawn")
         workers = min(self._num_workers, len(tasks)) or 1
         with context.Pool(workers, _end_with, (os.getpid(),)) as pool:
-            yield from pool.imap_unordered(function, tasks)
+            for done, _ in enumerate(pool.imap_unordered(function, tasks), start=1):
+                advance(done)
 
 
 class Beam(Engine):
@@ -71,7 +78,7 @@ class Beam(Engine):
         super().__init__(progress)
         self._options = shlex.split(options)
 
-    def _map(self, function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[None]:
+    def _run(self, function, tasks, advance) -> None:
         try:
             import apache_beam as beam
             from apache_beam.options.pipeline_options import PipelineOptions
@@ -88,7 +95,7 @@ class Beam(Engine):
                 | beam.Reshuffle()  # else one worker would do all that follows a Create
                 | beam.Map(function)
             )
-        yield from (None for _ in tasks)
+        advance(len(tasks))
 
 
 def _end_with(parent: int) -> None:

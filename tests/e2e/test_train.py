@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lumina_jax import loop
 from lumina_jax.data.buckets import bucket_sizes
+from lumina_jax.data.captions import Caption
 from lumina_jax.errors import InputError
 from lumina_jax.loop import Report
 from lumina_jax.sampling.pipeline import Pipeline
 from lumina_jax.train import Trainer, bucket_fault, train
+from tests.small_data import make_dataset, picture
 
 
 def losses(workdir):
@@ -118,6 +121,51 @@ def test_all_buckets_share_one_compiled_step(config, tmp_path):
     trainer.checkpointer.close()
     assert len(shapes) == 3
     assert trainer.step._cache_size() == 1
+
+
+@pytest.mark.slow
+def test_a_mixture_with_text_slots_is_trained_on_and_gone_on_with(config, tmp_path):
+    """Two data sets, two numbers of text slots, so two step programs; the run stops and goes on."""
+    for name in ("photos", "drawings"):
+        captions = [
+            Caption("a long text of many words", "long", "en"),
+            Caption(name, "short", "en"),
+        ]
+        items = [picture(f"{name}{n}", captions=captions) for n in range(6)]
+        make_dataset(tmp_path / name, items, keep_duplicates=True)
+    config.data.update(
+        directory="",
+        datasets={
+            "photos": {"directory": str(tmp_path / "photos"), "weight": 0.7},
+            "drawings": {
+                "directory": str(tmp_path / "drawings"), "weight": 0.3, "system_prompt": "base",
+            },
+        },
+        kinds={"medium": 0.0, "tags": 0.0},
+        text_slots={"long": 8, "short": 4},
+    )  # fmt: skip
+    config.optim.schedule = "constant"  # the schedule must not know where the run ends
+    config.optim.warmup_steps = 0
+    trainer = Trainer(config, str(tmp_path / "whole"))
+    assert trainer.loader.shares == pytest.approx((0.3, 0.7))  # by the order of the names
+    slots = {trainer.loader.batch_at(k)["token_mask"].shape[1] for k in range(6)}
+    assert slots == {4, 8}
+    assert trainer.flops({"token_mask": np.ones((1, 4))}) < trainer.flops(
+        {"token_mask": np.ones((1, 8))}
+    )
+    state = loop.run(trainer)
+    assert trainer.step._cache_size() == 2
+    config.train.num_steps = 3
+    train(config, str(tmp_path / "parts"))
+    config.train.num_steps = 6
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    config.data.datasets.photos.directory = str(tmp_path / "moved")  # only the content counts
+    assert_equal(train(config, str(tmp_path / "parts")), state)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+    config.data.datasets.photos.weight = 0.5
+    with pytest.raises(InputError, match="weight"):
+        train(config, str(tmp_path / "parts"))
 
 
 @pytest.mark.slow
