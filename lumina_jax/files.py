@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pathlib
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -35,6 +36,13 @@ def aside(path: epath.PathLike) -> Iterator[pathlib.Path]:
             fs.put_file(str(local), name)
         else:
             local.replace(path)
+
+
+def remove_asides(folder: epath.PathLike) -> None:
+    """Removes what killed writers left; nobody may be writing to the folder any more."""
+    for path in epath.Path(folder).iterdir():
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
+            path.unlink()
 
 
 def write(path: epath.PathLike, content: bytes | str) -> None:

@@ -14,9 +14,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import flags
 
-from lumina_jax import cli, flow, optim
+from lumina_jax import cli, flow
 from lumina_jax.models import embed, next_dit
 from lumina_jax.train_step import init_state, make_train_step
 from lumina_jax.types import Batch
@@ -41,7 +42,7 @@ def main() -> None:
         remat="none",
         cap_feat_dim=_DIM.value,
     )
-    optimizer = optim.make_optimizer(optim.OptimConfig(), num_steps=1000)
+    optimizer = optax.adamw(2e-4)
     step = jax.jit(
         make_train_step(
             next_dit.make_forward(model),

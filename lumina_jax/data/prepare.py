@@ -214,6 +214,7 @@ def prepare(
                 plan.fingerprints[column],
             ),
         )
+    files.remove_asides(output)
     _save_report(output, plan.report, targets)
     (output / records.UNFINISHED).rmtree()
     return plan.report

@@ -516,6 +516,7 @@ def remove(directory: epath.PathLike) -> None:
 
 def finish(directory: epath.PathLike, manifest: Manifest) -> None:
     """Adds what TFDS needs to read the shards, and the manifest, which says that all is there."""
+    files.remove_asides(directory)
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     filenames = tfds.core.ShardedFileTemplate(
         epath.Path(directory), template, "pictures", filetype_suffix="array_record"

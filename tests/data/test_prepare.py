@@ -231,6 +231,23 @@ def test_what_was_stopped_goes_on_where_it_was(tmp_path, stop):
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
 
 
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+    left = tmp_path / f".pictures-train_32x32.array_record-00000-of-00001.{'0' * 32}"
+    others = [tmp_path / name for name in (".hidden", f"x.{'0' * 32}", ".a.bcd")]
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(
+            ListSource((noise("a"),)),
+            tmp_path,
+            make_targets(tmp_path, [32], 4, BUCKETS),
+            engine=Stops("Writing", 0),
+        )
+    for path in (left, *others):
+        path.write_bytes(b"")
+    make_dataset(tmp_path, [noise("a")], BUCKETS)
+    assert not left.exists()
+    assert all(path.exists() for path in others)
+
+
 @pytest.mark.slow
 def test_a_command_killed_at_any_moment_goes_on(tmp_path):
     def command(output):
