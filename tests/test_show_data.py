@@ -25,7 +25,7 @@ def test_it_prints_numbers_and_draws_pictures(dataset, tmp_path):
     lines = [line.split() for line in done.stdout.splitlines()]
     (mixed,) = [line for line in lines if line[:1] == ["mixed"]]
     assert mixed[1:3] == ["100%", "128"]
-    (short,) = [line for line in lines if line[:2] == ["short", "25%"]]
+    (short,) = [line for line in lines if line[:2] == ["short", "100%"]]
     assert short[2] == "64"
     assert (
         'config.data.text_slots = {"long": 64, "medium": 64, "short": 64, "tags": 64}'

@@ -69,6 +69,9 @@ def main() -> None:
     manifest = Manifest.load(directory)
     wanted = [Bucket.parse(name) for name in config.data.buckets] if config else []
     splits = [s for s in manifest.splits if s.num_records and (not wanted or s.bucket in wanted)]
+    policy = policy.among(
+        pair for split in splits for captions in split.caption_sets for pair in captions.pairs
+    )
     rows = statistics.sample(
         directory, splits, _NUM_RECORDS.value, count_tokens, policy.system_prompt
     )

@@ -87,6 +87,15 @@ class CaptionPolicy:
             not self.languages or self.languages.get(language, 0) > 0
         )
 
+    def among(self, pairs: Iterable[tuple[str, str]]) -> "CaptionPolicy":
+        """Returns the policy for data with captions of these kinds and languages and no others.
+
+        It chooses the same captions; `draw_kind` draws no kind that nothing has.
+        """
+        found = {kind for kind, language in pairs if self.allows(kind, language)}
+        kinds = {kind: weight for kind, weight in self.kinds.items() if kind in found}
+        return dataclasses.replace(self, kinds=kinds)
+
     def draw_kind(self, draw: float) -> str:
         """Returns a kind by weight, for all pictures of a batch; `draw` is a uniform in [0, 1)."""
         return _pick({kind: self.kinds[kind] for kind in KINDS if self.kinds.get(kind)}, draw)

@@ -107,7 +107,6 @@ class Loader:
         _check_numbers(batch_size, seed, num_threads, prefetch, process_index, process_count)
         policy = policy or CaptionPolicy()
         self.text_slots = dict(text_slots or {})
-        _check_text_slots(self.text_slots, policy)
         _check_datasets(datasets)
         self.manifests = tuple(Manifest.load(dataset.directory) for dataset in datasets)
         chosen = _choose_splits(self.manifests, buckets, datasets)
@@ -115,6 +114,14 @@ class Loader:
             _check_features(manifest, features, policy, dataset.directory)
             records.check_complete(dataset.directory, splits.values())
             _check_captions(splits.values(), policy, dataset.directory)
+        policy = policy.among(
+            pair
+            for splits in chosen
+            for split in splits.values()
+            for caption_set in split.caption_sets
+            for pair in caption_set.pairs
+        )
+        _check_text_slots(self.text_slots, policy)
 
         counts = [sum(split.num_records for split in splits.values()) for splits in chosen]
         weights = [

@@ -199,3 +199,10 @@ def test_a_picture_without_an_allowed_caption_is_refused_with_what_it_has():
 def test_a_policy_that_makes_no_sense_is_refused(settings, message):
     with pytest.raises(InputError, match=message):
         CaptionPolicy(**settings)
+
+
+def test_a_kind_that_no_data_has_is_not_drawn_for_a_batch():
+    policy = CaptionPolicy(kinds={"long": 1.0, "short": 1.0, "tags": 2.0}, languages={"en": 1.0})
+    found = policy.among([("long", "en"), ("tags", "zh"), ("medium", "en")])
+    assert found.kinds == {"long": 1.0}
+    assert {found.draw_kind(draw) for draw in (0.0, 0.5, 0.999)} == {"long"}

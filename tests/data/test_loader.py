@@ -522,6 +522,8 @@ def test_text_slots_must_name_every_kind_that_is_taken(load, kinds):
         load(kinds, policy=CaptionPolicy(kinds={"long": 1.0, "short": 1.0}), text_slots={"long": 8})
     with pytest.raises(InputError, match="must be 1 or more"):
         load(kinds, policy=CaptionPolicy(kinds={"short": 1.0}), text_slots={"short": 0})
+    # Kinds that the data has not need none.
+    load(kinds, text_slots={"long": 8, "short": 4})
 
 
 def test_a_policy_reaches_the_texts(load, kinds):
