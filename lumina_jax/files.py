@@ -38,11 +38,26 @@ def aside(path: epath.PathLike) -> Iterator[pathlib.Path]:
             local.replace(path)
 
 
+def sizes(folder: epath.PathLike) -> dict[str, int]:
+    """The bytes of each file in a folder, by one listing; none where there is no folder.
+
+    Paths of epath can list a folder too, but then they believe in that list for ever: a file that
+    another process writes to a bucket would not be seen.
+    """
+    fs, root = fsspec.core.url_to_fs(os.fspath(folder))
+    fs.invalidate_cache()
+    try:
+        found = fs.ls(root, detail=True)
+    except FileNotFoundError:  # a bucket has no empty folders
+        return {}
+    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found}
+
+
 def remove_asides(folder: epath.PathLike) -> None:
     """Removes what killed writers left; nobody may be writing to the folder any more."""
-    for path in epath.Path(folder).iterdir():
-        if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
-            path.unlink()
+    for name in sizes(folder):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", name):
+            (epath.Path(folder) / name).unlink()
 
 
 def write(path: epath.PathLike, content: bytes | str) -> None:

@@ -10,10 +10,10 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt64
+from jaxtyping import Bool, Int, Int32, UInt64
 
 from lumina_jax.data.captions import Caption
 from lumina_jax.data.images import Rejected
@@ -166,27 +166,16 @@ class Index:
         self.caption_sets, self.buckets = arrays["caption_sets"], arrays["buckets"]
         self.num_bytes, self.digests = arrays["num_bytes"], arrays["digests"]
 
-    def select(
-        self, kept: Bool[np.ndarray, " n"], column: int, bucket: int
-    ) -> Int[np.ndarray, " m"]:
-        """The rows of the pictures of a bucket that are kept."""
-        return np.flatnonzero(kept & (self.buckets[:, column] == bucket))
-
-    def spooled(self, rows: Int[np.ndarray, " m"], column: int) -> Int[np.ndarray, " m"]:
-        """Where the records of these rows are in the spool, which has none of the rejected."""
-        return np.cumsum(self.buckets[:, column] >= 0)[rows] - 1
-
 
 @dataclasses.dataclass(frozen=True)
-class ShardTask:
-    """A shard to fill: for each of the `pieces`, (part, start, stop) of what `select` gives."""
+class PlannedShard:
+    """A shard to fill with `records`, given as (part, place in the spool of its target) [n, 2]."""
 
     column: int
     bucket: int
     number: int
     count: int  # of the shards of the bucket
-    num_records: int
-    pieces: tuple[tuple[int, int, int], ...]
+    records: Int32[np.ndarray, "n 2"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,17 +189,15 @@ class Plan:
         report: of the whole run.
     """
 
-    shards: tuple[ShardTask, ...]
+    shards: tuple[PlannedShard, ...]
     caption_sets: Mapping[tuple[int, int], tuple[CaptionSet, ...]]
     fingerprints: tuple[str, ...]
     report: Report
 
 
 def make_plan(
-    load: Callable[[int], Index],
-    save_kept: Callable[[int, Bool[np.ndarray, " n"]], None],
-    num_parts: int,
-    num_buckets: Sequence[int],
+    indices: Callable[[], Iterator[Index]],
+    num_targets: int,
     *,
     shard_bytes: int,
     keep_duplicates: bool,
@@ -221,48 +208,44 @@ def make_plan(
     bytes of memory for a picture.
 
     Args:
-        load: the index of a part.
-        save_kept: takes which pictures of a part are kept.
-        num_parts: of the source.
-        num_buckets: of each target.
+        indices: gives those of all parts, in order; called twice.
+        num_targets: how many there are.
         shard_bytes: size of a shard.
         keep_duplicates: whether pictures may be equal.
     """
-    rejections = _Rejections(len(num_buckets))
-    repeated = _find_repeated(load, num_parts, keep_duplicates)
+    repeated = _Repeated(indices(), keep_duplicates)
+    rejections = _Rejections(num_targets)
     fillings: dict[tuple[int, int], _Filling] = collections.defaultdict(_Filling)
-    num_read = 0
-    for number in range(num_parts):
-        index = load(number)
+    num_read = first = 0
+    for number, index in enumerate(indices()):
         num_read += index.num_read
         rejections.update(index.rejected, index.examples)
-        kept = np.ones(len(index.ids), bool)
-        for row, reason, detail in repeated.get(number, ()):
-            kept[row] = False
-            for column in np.flatnonzero(index.buckets[row] >= 0):
-                rejections.add(int(column), index.ids[row], reason, detail)
-        save_kept(number, kept)
-        for column, count in enumerate(num_buckets):
-            for bucket in range(count):
-                rows = index.select(kept, column, bucket)
-                if len(rows):
-                    fillings[column, bucket].add(number, index, rows, column, shard_bytes)
+        kept = repeated.reject(index, first, rejections)
+        first += len(index.ids)
+        for column in range(num_targets):
+            buckets = index.buckets[:, column]
+            spooled = np.cumsum(buckets >= 0) - 1  # the spool has none of the rejected
+            for bucket in np.unique(buckets[kept & (buckets >= 0)]).tolist():
+                rows = np.flatnonzero(kept & (buckets == bucket))
+                fillings[column, bucket].add(
+                    number, index, rows, spooled[rows], column, shard_bytes
+                )
     keys = sorted(fillings)
-    written = [0] * len(num_buckets)
-    hashes = [hashlib.sha256() for _ in num_buckets]
+    written = [0] * num_targets
+    hashes = [hashlib.sha256() for _ in range(num_targets)]
     for column, bucket in keys:
         written[column] += fillings[column, bucket].num_records
         hashes[column].update(f"{bucket} {fillings[column, bucket].digest.hexdigest()} ".encode())
-    report = Report(num_read, tuple(written), rejections.counts, rejections.examples)
+    counts = tuple(+counter for counter in rejections.counts)  # without the zeros
     return Plan(
         shards=tuple(
-            ShardTask(*key, number, len(shards), num_records, tuple(pieces))
+            PlannedShard(*key, number, len(shards), np.concatenate(pieces))
             for key, shards in ((key, fillings[key].shards) for key in keys)
-            for number, (num_records, pieces) in enumerate(shards)
+            for number, pieces in enumerate(shards)
         ),
         caption_sets={key: fillings[key].caption_sets() for key in keys},
         fingerprints=tuple(content.hexdigest() for content in hashes),
-        report=report,
+        report=Report(num_read, tuple(written), counts, rejections.examples),
     )
 
 
@@ -270,7 +253,7 @@ class _Filling:
     """The shards of a bucket, as records are added to them."""
 
     def __init__(self):
-        self.shards: list[tuple[int, list[tuple[int, int, int]]]] = []  # num_records, pieces
+        self.shards: list[list[Int32[np.ndarray, "n 2"]]] = []
         self.digest = hashlib.sha256()
         self.num_records = 0
         self._num_bytes = 0  # of all records so far
@@ -279,19 +262,24 @@ class _Filling:
         self._examples: dict[tuple, str] = {}
 
     def add(
-        self, part: int, index: Index, rows: Int[np.ndarray, " m"], column: int, shard_bytes: int
+        self,
+        part: int,
+        index: Index,
+        rows: Int[np.ndarray, " m"],
+        spooled: Int[np.ndarray, " m"],
+        column: int,
+        shard_bytes: int,
     ) -> None:
         self.digest.update(index.digests[rows, column].tobytes())
         # A record belongs to the shard in which its first byte lies.
         sizes = index.num_bytes[rows, column]
         begins = self._num_bytes + np.cumsum(sizes) - sizes
         shards, starts = np.unique(begins // shard_bytes, return_index=True)
-        stops = [*starts[1:].tolist(), len(rows)]
-        for shard, start, stop in zip(shards.tolist(), starts.tolist(), stops, strict=True):
-            num_records, pieces = 0, []
-            if shard == self._last_shard:
-                num_records, pieces = self.shards.pop()
-            self.shards.append((num_records + stop - start, [*pieces, (part, start, stop)]))
+        records = np.stack([np.full_like(spooled, part), spooled], axis=1).astype(np.int32)
+        for shard, piece in zip(shards.tolist(), np.split(records, starts[1:]), strict=True):
+            if shard != self._last_shard:
+                self.shards.append([])
+            self.shards[-1].append(piece)
             self._last_shard = shard
         self._num_bytes += int(sizes.sum())
         self.num_records += len(rows)
@@ -311,37 +299,38 @@ class _Filling:
         )
 
 
-def _find_repeated(
-    load: Callable[[int], Index], num_parts: int, keep_duplicates: bool
-) -> dict[int, list[tuple[int, str, str]]]:
-    """Returns (row, reason, detail) of what an earlier picture makes superfluous, by part."""
-    pixels, ids, counts = [_EMPTY], [_EMPTY], [0]
-    for number in range(num_parts):
-        index = load(number)
-        pixels.append(index.pixels)
-        ids.append(index.id_digests)
-        counts.append(len(index.ids))
-    ends = np.cumsum(counts)
-    all_pixels, all_ids = np.concatenate(pixels), np.concatenate(ids)
-    duplicate = np.zeros(len(all_ids), bool) if keep_duplicates else repeats(all_pixels)
-    unique = np.flatnonzero(~duplicate)
-    taken = np.zeros(len(all_ids), bool)
-    taken[unique[repeats(all_ids[unique])]] = True
+class _Repeated:
+    """The pictures that an earlier one makes superfluous, by their places among all pictures."""
 
-    found: dict[int, list[tuple[int, str, str]]] = collections.defaultdict(list)
-    for mask, digests, reason, what in (
-        (duplicate, all_pixels, "duplicate", "the same pixels as {}"),
-        (taken, all_ids, "id taken", "by another picture"),
-    ):
-        for shown, picture in enumerate(np.flatnonzero(mask).tolist()):
-            part = int(np.searchsorted(ends, picture, side="right")) - 1
-            detail = ""
-            if shown < NUM_EXAMPLES:
-                first = int(np.flatnonzero((digests == digests[picture]).all(axis=1))[0])
-                of_first = int(np.searchsorted(ends, first, side="right")) - 1
-                detail = what.format(load(of_first).ids[first - int(ends[of_first])])
-            found[part].append((picture - int(ends[part]), reason, detail))
-    return found
+    def __init__(self, indices: Iterator[Index], keep_duplicates: bool):
+        found = [(index.pixels, index.id_digests) for index in indices]
+        pixels, ids = (np.concatenate([_EMPTY, *column]) for column in zip(*found, strict=True))
+        self._duplicate = np.zeros(len(ids), bool) if keep_duplicates else repeats(pixels)
+        unique = np.flatnonzero(~self._duplicate)
+        self._taken = np.zeros(len(ids), bool)
+        self._taken[unique[repeats(ids[unique])]] = True
+        # The picture that is kept, of the duplicates that the report will show; and its id.
+        shown = np.flatnonzero(self._duplicate)[:NUM_EXAMPLES].tolist()
+        self._kept = {
+            place: int(np.flatnonzero((pixels == pixels[place]).all(axis=1))[0]) for place in shown
+        }
+        self._ids: dict[int, str] = {}
+
+    def reject(self, index: Index, first: int, rejections: _Rejections) -> Bool[np.ndarray, " n"]:
+        """Returns which pictures of a part are kept; the part begins at the place `first`."""
+        end = first + len(index.ids)
+        for place in self._kept.values():
+            if first <= place < end:
+                self._ids[place] = index.ids[place - first]
+        duplicate, taken = self._duplicate[first:end], self._taken[first:end]
+        for mask, reason in ((duplicate, "duplicate"), (taken, "id taken")):
+            for column, stored in enumerate((index.buckets >= 0).T):
+                rejections.counts[column].update({reason: int((mask & stored).sum())})
+            for row in np.flatnonzero(mask)[:NUM_EXAMPLES].tolist():
+                kept = self._ids.get(self._kept.get(first + row, -1))
+                detail = "" if kept is None else f"the same pixels as {kept}"
+                rejections.show(index.ids[row], reason, detail)
+        return ~(duplicate | taken)
 
 
 def repeats(digests: UInt64[np.ndarray, "n 2"]) -> Bool[np.ndarray, " n"]:

@@ -18,7 +18,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from lumina_jax.data.buckets import (
 from lumina_jax.data.captions import KINDS
 from lumina_jax.data.engine import Engine
 from lumina_jax.data.images import Rejected
-from lumina_jax.data.plan import Index, IndexWriter, Plan, Report, ShardTask, make_plan
+from lumina_jax.data.plan import Index, IndexWriter, Plan, PlannedShard, Report, make_plan
 from lumina_jax.data.records import Manifest, Shard, Split
 from lumina_jax.data.sources.base import Item, Part, Source
 from lumina_jax.errors import InputError
@@ -193,7 +194,7 @@ def prepare(
     job = Job(source, os.fspath(output / records.UNFINISHED), tuple(targets), settings)
     _start(output, job, list(wanted.values()), parts, overwrite)
 
-    engine.run("Reading", job.process_part, list(enumerate(parts)))
+    engine.run("Reading", job.process_part, job.missing_parts(parts))
     plan = job.make_plan(len(parts))
     if not any(plan.report.written):
         # What was read stays, and so does the report, until the settings are others.
@@ -202,7 +203,7 @@ def prepare(
             f"None of the {plan.report.num_read:,} pictures of {source.name} can be written; "
             f"{output / REPORT} says why. Change the source or the settings, and use --overwrite."
         )
-    engine.run("Writing", job.fill_shard, plan.shards)
+    engine.run("Writing", job.fill_shard, job.missing_shards(plan))
     for column, (target, found) in enumerate(wanted.items()):
         records.finish(
             target.directory,
@@ -236,12 +237,31 @@ class Job:
     targets: tuple[Target, ...]
     settings: Settings
 
-    def process_part(self, task: tuple[int, Part]) -> None:
+    def missing_parts(self, parts: Sequence[Part]) -> list[int]:
+        """Returns the numbers of the parts that are still to be processed, and keeps what they are.
+
+        The tasks themselves are numbers: the parts of 100 million pictures do not fit what a
+        cluster takes as the description of its work.
+        """
+        there = files.sizes(self.folder)
+        missing = [n for n in range(len(parts)) if self._path(n, "npz").name not in there]
+        new = [n for n in missing if self._path(n, "json").name not in there]
+
+        def write(number):
+            content = json.dumps(dataclasses.asdict(parts[number]))
+            files.write(self._path(number, "json"), content)
+
+        for _ in _in_threads(write, new):
+            pass
+        return missing
+
+    def process_part(self, number: int) -> None:
         """Spools the records of a part, one file for each target, then writes their index."""
-        number, part = task
         index_path = self._path(number, "npz")
         if index_path.exists():
             return
+        given = json.loads(self._path(number, "json").read_text())
+        part = Part(**{**given, "names": tuple(given["names"])})
         index = IndexWriter(len(self.targets))
         with contextlib.ExitStack() as stack:
             spools = [
@@ -304,41 +324,55 @@ class Job:
         )
 
     def make_plan(self, num_parts: int) -> Plan:
-        def save_kept(number, kept):
-            content = io.BytesIO()
-            np.save(content, kept)
-            files.write(self._path(number, "kept"), content.getvalue())
-
         return make_plan(
-            self._load_index,
-            save_kept,
-            num_parts,
-            [len(target.buckets) for target in self.targets],
+            lambda: _in_threads(self._load_index, range(num_parts)),
+            len(self.targets),
             shard_bytes=self.settings.shard_bytes,
             keep_duplicates=self.settings.keep_duplicates,
         )
 
-    def fill_shard(self, task: ShardTask) -> None:
+    def missing_shards(self, plan: Plan) -> list[tuple[int, str]]:
+        """Returns the tasks of the shards that are still to be filled, and keeps their records."""
+        there = [set(files.sizes(target.directory)) for target in self.targets]
+        missing = [
+            shard for shard in plan.shards if self._shard_name(shard) not in there[shard.column]
+        ]
+
+        def write(shard):
+            content = io.BytesIO()
+            np.save(content, shard.records)
+            files.write(self._plan_path(shard.column, self._shard_name(shard)), content.getvalue())
+
+        for _ in _in_threads(write, missing):
+            pass
+        return [(shard.column, self._shard_name(shard)) for shard in missing]
+
+    def fill_shard(self, task: tuple[int, str]) -> None:
         """Copies the records of a shard out of the spools."""
-        path = self._shard_path(task)
+        column, name = task
+        path = epath.Path(self.targets[column].directory) / name
         if path.exists():
             return
+        wanted = np.load(io.BytesIO(self._plan_path(column, name).read_bytes()))
+        pieces = np.split(wanted, np.flatnonzero(np.diff(wanted[:, 0])) + 1)
+
+        def read(piece):
+            spool = self._spool(int(piece[0, 0]), column)
+            return list(records.read_shard(spool, piece[:, 1].tolist()))
+
         with records.shard_writer(path) as write:
-            for number, start, stop in task.pieces:
-                index = self._load_index(number)
-                kept = np.load(io.BytesIO(self._path(number, "kept").read_bytes()))
-                rows = index.select(kept, task.column, task.bucket)[start:stop]
-                rows = index.spooled(rows, task.column).tolist()
-                for record in records.read_shard(self._spool(number, task.column), rows):
+            for found in _in_threads(read, pieces, ahead=8):
+                for record in found:
                     write(record)
 
     def splits(self, plan: Plan, column: int) -> tuple[Split, ...]:
         """The splits of a target, when its shards are filled; those without records too."""
+        sizes = files.sizes(self.targets[column].directory)
         shards: dict[int, list[Shard]] = collections.defaultdict(list)
-        for task in plan.shards:
-            if task.column == column:
-                path = self._shard_path(task)
-                shards[task.bucket].append(Shard(path.name, task.num_records, path.stat().length))
+        for planned in plan.shards:
+            if planned.column == column:
+                name = self._shard_name(planned)
+                shards[planned.bucket].append(Shard(name, len(planned.records), sizes[name]))
         buckets = self.targets[column].buckets
         return tuple(
             Split(buckets[i], tuple(shards[i]), plan.caption_sets.get((column, i), ()))
@@ -354,10 +388,21 @@ class Job:
     def _load_index(self, number: int) -> Index:
         return Index(self._path(number, "npz").read_bytes())
 
-    def _shard_path(self, task: ShardTask) -> epath.Path:
-        target = self.targets[task.column]
-        name = records.shard_name(target.buckets[task.bucket], task.number, task.count)
-        return epath.Path(target.directory) / name
+    def _plan_path(self, column: int, name: str) -> epath.Path:
+        return epath.Path(self.folder) / f"{self.targets[column].resolution}px.{name}.npy"
+
+    def _shard_name(self, shard: PlannedShard) -> str:
+        bucket = self.targets[shard.column].buckets[shard.bucket]
+        return records.shard_name(bucket, shard.number, shard.count)
+
+
+def _in_threads(
+    function: Callable[[Any], Any], arguments: Sequence[Any], ahead: int = 128
+) -> Iterator[Any]:
+    """Yields the results in order, a few ahead: most of each call is waiting for a store."""
+    with futures.ThreadPoolExecutor(min(ahead, 32)) as pool:
+        for start in range(0, len(arguments), ahead):
+            yield from pool.map(function, arguments[start : start + ahead])
 
 
 def encode(image: Image.Image, resolution: int, quality: int) -> bytes:
@@ -427,6 +472,8 @@ def _start(
                 "again with --overwrite."
             )
     files.write(path, json.dumps(mine, indent=1, ensure_ascii=False))
+    for target in job.targets:
+        epath.Path(target.directory).mkdir(parents=True, exist_ok=True)
 
 
 def _check_same(directory: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

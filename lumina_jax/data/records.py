@@ -347,8 +347,10 @@ class Manifest:
 def _elsewhere(directory: epath.PathLike) -> str:
     """Where datasets are, if below this directory: one for each resolution."""
     directory = epath.Path(directory)
-    below = list(directory.iterdir()) if directory.is_dir() else []
-    found = sorted(str(path) for path in below if (path / MANIFEST).exists())
+    below = files.sizes(directory) if directory.is_dir() else {}
+    found = [
+        str(directory / name) for name in sorted(below) if (directory / name / MANIFEST).exists()
+    ]
     return f" Or choose one of these: {', '.join(found)}." if found else ""
 
 
@@ -466,9 +468,7 @@ def _readable(paths: list[str]) -> list[str]:
 
 def check_complete(directory: epath.PathLike, splits: Iterable[Split]) -> None:
     """Raises unless every shard is there in full; one listing, whatever their number."""
-    fs, root = fsspec.core.url_to_fs(os.fspath(directory))
-    fs.invalidate_cache()  # it may remember an earlier listing
-    sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in fs.ls(root, detail=True)}
+    sizes = files.sizes(directory)
     faults = []
     for shard in (shard for split in splits for shard in split.shards):
         if shard.name not in sizes:
@@ -486,7 +486,7 @@ def check_complete(directory: epath.PathLike, splits: Iterable[Split]) -> None:
 def find(directory: epath.PathLike) -> Manifest | None:
     """Returns the manifest of a finished dataset, None where nothing is yet."""
     directory = epath.Path(directory)
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if not directory.exists() or (directory.is_dir() and not files.sizes(directory)):
         return None
     if not directory.is_dir() or not (directory / MANIFEST).exists():
         raise InputError(
@@ -501,7 +501,7 @@ def remove(directory: epath.PathLike) -> None:
     directory = epath.Path(directory)
     if not directory.exists():
         return
-    names = {path.name for path in directory.iterdir()} if directory.is_dir() else {directory.name}
+    names = files.sizes(directory) if directory.is_dir() else {directory.name: 0}
     # The manifest goes first: a directory half removed must not look complete.
     ours = [name for name in (MANIFEST, *_TFDS_FILES) if name in names]
     ours += sorted(name for name in names if name.lstrip(".").startswith("pictures-train_"))

@@ -143,6 +143,7 @@ def test_a_data_set_of_ours_can_be_prepared_again_at_another_size(tmp_path):
     prepare.prepare(source, tmp_path / "d", make_targets(tmp_path / "d", [16], 4, [Bucket(16, 16)]))
     large, small = stored(tmp_path / "large"), stored(tmp_path / "d")
     assert {i: r.captions for i, r in small.items()} == {i: r.captions for i, r in large.items()}
+    assert "CC BY-SA 4.0" in Manifest.load(tmp_path / "d").attribution
 
 
 def test_the_command_writes_a_dataset_and_says_what_it_wrote(tmp_path):

@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import pathlib
 import shutil
 
+import fsspec
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -161,6 +163,21 @@ def test_records_of_many_shards_are_read_in_the_order_asked_for(tmp_path):
     assert [Record(stored[i]).id for i in range(len(stored))] == [item.id for item in items]
     order = [7, 0, 11, 3, 7, 2]
     assert [Record(c).id for c in stored.read(order)] == [items[i].id for i in order]
+
+
+def test_shards_of_a_store_that_is_not_read_directly_are_copied(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(records.tempfile, "gettempdir", lambda: str(tmp_path))
+    names = [shard.name for split in Manifest.load(small).splits for shard in split.shards]
+    paths = [f"memory://data/{name}" for name in names]
+    fs = fsspec.filesystem("memory")
+    for name in names:
+        fs.pipe_file(f"/data/{name}", (small / name).read_bytes())
+    copies = records._readable(paths)
+    assert [pathlib.Path(p).read_bytes() for p in copies] == [
+        (small / name).read_bytes() for name in names
+    ]
+    assert records._readable([str(small / names[0])]) == [str(small / names[0])]
+    assert records._readable(["gs://bucket/shard"]) == ["gs://bucket/shard"]
 
 
 def test_a_shard_that_is_not_finished_has_no_name(tmp_path):

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from lumina_jax.data.images import Rejected
+from lumina_jax.data.records import MANIFEST, Manifest
 from lumina_jax.data.sources.base import Item, Part
 from lumina_jax.data.sources.metadata import CaptionedSource, faulty, make_item
 from lumina_jax.errors import InputError
@@ -35,6 +36,14 @@ class TfdsSource(CaptionedSource):
     image: str = ""
 
     name: ClassVar[str] = "tfds"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self._is_ours():
+            manifest = Manifest.load(self.path)
+            for field in ("license", "attribution"):
+                # They stay with the pictures, through any number of preparations.
+                object.__setattr__(self, field, getattr(self, field) or getattr(manifest, field))
 
     def parts(self) -> list[Part]:
         builder = self._open()
@@ -112,8 +121,10 @@ class TfdsSource(CaptionedSource):
 
     def _default_splits(self, builder: tfds.core.DatasetBuilder) -> list[str]:
         # A data set of this project has a split for each bucket.
-        ours = (epath.Path(self.path) / "manifest.json").exists()
-        return sorted(builder.info.splits) if ours else ["train"]
+        return sorted(builder.info.splits) if self._is_ours() else ["train"]
+
+    def _is_ours(self) -> bool:
+        return (epath.Path(self.path) / MANIFEST).exists()
 
     def _features(
         self, builder: tfds.core.DatasetBuilder
