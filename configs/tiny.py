@@ -3,9 +3,9 @@
     python tools/prepare_data.py openmoji --output=data/openmoji --flagfile=configs/tiny_data.flags
     python -m lumina_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-1.66 million parameters. On two cores of a shared server: 7 minutes, 5.4 steps/s, loss 0.14 at the
-end; of 64 samples all are nearest to their own training picture, and 0.81 of 64 in languages left
-out.
+1.66 million parameters. On two cores of a shared server: 4 to 7 minutes, 5 to 9 steps/s, loss 0.14
+at the end; of 64 samples 0.97 are nearest to their own training picture, of 64 in languages left
+out 0.86.
 """
 
 from ml_collections import ConfigDict

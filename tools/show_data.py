@@ -79,7 +79,7 @@ def main() -> None:
     console = Console(highlight=False, soft_wrap=True)
     print_statistics(console, manifest, found, encoder.max_tokens)
     if _TOKENS.value:
-        empty = policy.text((), None, np.zeros(policy.NUM_DRAWS))
+        empty = policy.text((), None, [0.0] * policy.NUM_DRAWS)
         print_padding(console, config, encoder, rows, policy, int(count_tokens([empty])[0]))
     if _OUTPUT.value:
         output = epath.Path(_OUTPUT.value)

@@ -15,10 +15,7 @@ import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
-
-import numpy as np
-from jaxtyping import Float
+from typing import ClassVar, NamedTuple
 
 from lumina_jax.errors import InputError
 from lumina_jax.system_prompts import prefixed
@@ -27,8 +24,7 @@ KINDS = ("long", "medium", "short", "tags")
 _TAG = re.compile(r"[^\s,，、](?:[^,，、]*[^\s,，、])?")
 
 
-@dataclasses.dataclass(frozen=True)
-class Caption:
+class Caption(NamedTuple):
     text: str
     kind: str
     language: str  # the two-letter code: en, zh, ...
@@ -101,7 +97,7 @@ class CaptionPolicy:
         return _pick({kind: self.kinds[kind] for kind in KINDS if self.kinds.get(kind)}, draw)
 
     def choose(
-        self, captions: Sequence[Caption], draws: Float[np.ndarray, " D"], kind: str | None = None
+        self, captions: Sequence[Caption], draws: Sequence[float], kind: str | None = None
     ) -> int | None:
         """Returns the index of the caption to train on this time, None when it is dropped.
 
@@ -110,7 +106,7 @@ class CaptionPolicy:
             draws: its `NUM_DRAWS` uniforms in [0, 1); equal ones make the same choice.
             kind: what `draw_kind` gave to the whole batch; a picture that lacks it draws its own.
         """
-        dropout_draw, kind_draw, language_draw, caption_draw, _ = draws.tolist()
+        dropout_draw, kind_draw, language_draw, caption_draw, _ = draws
         of_kind: dict[str, list[int]] = {}
         for index, caption in enumerate(captions):
             if self.allows(caption.kind, caption.language):
@@ -130,16 +126,14 @@ class CaptionPolicy:
             allowed = [index for index in allowed if captions[index].language == language]
         return allowed[int(caption_draw * len(allowed))]
 
-    def text(
-        self, captions: Sequence[Caption], chosen: int | None, draws: Float[np.ndarray, " D"]
-    ) -> str:
+    def text(self, captions: Sequence[Caption], chosen: int | None, draws: Sequence[float]) -> str:
         """Returns what the text encoder reads when `choose` has chosen with the same draws."""
         if chosen is None:
             return prefixed("", self.system_prompt) if self.dropout_keeps_system_prompt else ""
         caption = captions[chosen]
         text = caption.text
         if self.shuffle_tags and caption.kind == "tags":
-            text = _shuffle_tags(text, draws.item(-1))
+            text = _shuffle_tags(text, draws[-1])
         return prefixed(text, self.system_prompt)
 
     def __str__(self) -> str:

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Int32
 from ml_dtypes import bfloat16
 
 from lumina_jax.data import images, order, records
@@ -279,18 +279,15 @@ class _BucketBatches:
         self._local = slice(process_index * local_size, (process_index + 1) * local_size)
         self._entropy = [seed, bucket.width, bucket.height]
         self._shares = [shares[number] for number in pictures]
-        self._rows_of = functools.lru_cache(maxsize=16)(self._rows_of)
+        self._block = functools.lru_cache(maxsize=16)(self._make_block)
 
     def __len__(self) -> int:
         return _NUM_BATCHES
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        # The numbers of all rows are drawn, whoever reads them.
-        rng = np.random.default_rng([*self._entropy, number])
-        kind = self._policies[0].draw_kind(rng.random())
-        draws = rng.random((self._batch_size, CaptionPolicy.NUM_DRAWS))[self._local]
         block, batch = divmod(number, _BATCHES_AT_ONCE)
-        streams, indices = (rows[batch] for rows in self._rows_of(block))
+        streams, indices, draws, kinds = (values[batch] for values in self._block(block))
+        kind, draws = self._policies[0].draw_kind(kinds), draws.tolist()
 
         pixels = next(iter(self._pictures.values())).empty(len(indices))
         rows: list[Any] = [None] * len(indices)
@@ -311,18 +308,32 @@ class _BucketBatches:
             "captions": [row.text for row in rows],
         }
 
-    def _rows_of(self, block: int) -> tuple[Int64[np.ndarray, "n b"], Int64[np.ndarray, "n b"]]:
-        """Where the local rows of so many batches come from: the stream, and the record there."""
-        batches = block * _BATCHES_AT_ONCE + np.arange(_BATCHES_AT_ONCE)[:, None]
-        rows = batches * self._batch_size + np.arange(self._batch_size)[self._local]
+    def _make_block(self, block: int) -> tuple[np.ndarray, ...]:
+        """What decides so many batches.
+
+        Of each local row: the stream, the record there, random numbers. Of each batch: one more.
+        """
+        batches = block * _BATCHES_AT_ONCE + np.arange(_BATCHES_AT_ONCE)
+        rows = batches[:, None] * self._batch_size + np.arange(self._batch_size)[self._local]
         streams, places = order.mixed(rows.ravel(), self._shares)
         indices = np.empty_like(places)
         for stream, (dataset, pictures) in enumerate(self._pictures.items()):
-            # Each has a seed of its own, which does not depend on what else there is.
-            seed = np.random.SeedSequence([*self._entropy, dataset]).generate_state(1)[0]
             mine = streams == stream
-            indices[mine] = order.shuffled(places[mine], len(pictures), int(seed))
-        return streams.reshape(rows.shape), indices.reshape(rows.shape)
+            # Each has a seed of its own, which does not depend on what else there is.
+            seed = self._seed("records", dataset)
+            indices[mine] = order.shuffled(places[mine], len(pictures), seed)
+        draws = order.uniforms(rows.ravel(), CaptionPolicy.NUM_DRAWS, self._seed("captions"))
+        kinds = order.uniforms(batches, 1, self._seed("kinds"))
+        return (
+            streams.reshape(rows.shape),
+            indices.reshape(rows.shape),
+            draws.reshape(*rows.shape, -1),
+            kinds[:, 0],
+        )
+
+    def _seed(self, *purpose: str | int) -> int:
+        content = json.dumps([*self._entropy, *purpose]).encode()
+        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
 
 class _Undecodable:

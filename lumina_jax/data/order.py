@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Float64, Int64, UInt64
 
 _NUM_ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15  # of splitmix64, as the numbers in `_hash`
@@ -51,7 +51,15 @@ def _draw(
     return (_hash(values.astype(np.uint64) ^ keys) % np.uint64(bound)).astype(np.int64)
 
 
-def _hash(values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+def uniforms(rows: Int64[np.ndarray, " n"], num: int, seed: int) -> Float64[np.ndarray, "n D"]:
+    """Returns random numbers in [0, 1) of each row, D = `num` of them."""
+    keys = _hash(rows.astype(np.uint64) ^ _hash(np.array([seed], np.uint64)))
+    counters = np.arange(num, dtype=np.uint64) * np.uint64(_GOLDEN)
+    # The upper 53 bits: as many as a double holds.
+    return (_hash(keys[:, None] + counters[None, :]) >> np.uint64(11)) * 2.0**-53
+
+
+def _hash(values: UInt64[np.ndarray, "*n"]) -> UInt64[np.ndarray, "*n"]:
     """The finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
     values = values + np.uint64(_GOLDEN)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

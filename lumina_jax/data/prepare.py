@@ -430,14 +430,17 @@ def _dataset_settings(source: Source, target: Target, settings: Settings) -> dic
 
 def _find_finished(output: epath.Path, wanted: Mapping[Target, dict[str, Any]]) -> Report | None:
     """Returns the report of datasets that are there already; refuses others."""
-    if (output / records.UNFINISHED).exists():
+    unfinished = output / records.UNFINISHED
+    complete = [(epath.Path(t.directory) / records.MANIFEST).exists() for t in wanted]
+    if unfinished.exists() and not (all(complete) and (output / REPORT).exists()):
         return None  # `_start` looks whose it is
     manifests = {target: records.find(target.directory) for target in wanted}
-    if all(manifest is None for manifest in manifests.values()):
+    if not any(complete):
         return None
     for target, manifest in manifests.items():
         there = manifest.settings if manifest else {}
         _check_same(target.directory, there, wanted[target])
+    unfinished.rmtree(missing_ok=True)  # a run may have been killed while it removed it
     return _load_report(output)
 
 

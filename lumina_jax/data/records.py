@@ -87,14 +87,11 @@ class Record:
 
     @property
     def captions(self) -> tuple[Caption, ...]:
-        columns = (
-            self._feature[f"captions/{name}"].bytes_list.value
-            for name in ("text", "kind", "language")
-        )
-        return tuple(
-            Caption(text.decode(), kind.decode(), language.decode())
-            for text, kind, language in zip(*columns, strict=True)
-        )
+        columns = [
+            [value.decode() for value in self._feature[f"captions/{name}"].bytes_list.value]
+            for name in Caption._fields
+        ]
+        return tuple(map(Caption._make, zip(*columns, strict=True)))
 
     @property
     def latents(self) -> bytes:
@@ -122,7 +119,7 @@ def serialize(
     example = tf_example_pb2.Example()
     feature = example.features.feature
     texts = {"id": [id], "source": [source]}
-    for name in ("text", "kind", "language"):
+    for name in Caption._fields:
         texts[f"captions/{name}"] = [getattr(caption, name) for caption in captions]
     for name, values in texts.items():
         feature[name].bytes_list.value.extend(value.encode() for value in values)
@@ -445,7 +442,7 @@ class Records:
 
 def _open_reader(path: str) -> ArrayRecordReader:
     # Rows are read at random: what follows one is not wanted.
-    return ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+    return ArrayRecordReader(path, "readahead_buffer_size:0")
 
 
 @functools.cache

@@ -204,7 +204,7 @@ def draw_num_tokens(
         num_empty: tokens of the text that stands for a dropped caption.
         kind: of all rows of a batch; those that lack it fall back to one of theirs.
     """
-    draws = np.random.default_rng(0).random((len(rows), policy.NUM_DRAWS))
+    draws = np.random.default_rng(0).random((len(rows), policy.NUM_DRAWS)).tolist()
     chosen = (
         policy.choose(row.captions, row_draws, kind)
         for row, row_draws in zip(rows, draws, strict=True)

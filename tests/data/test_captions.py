@@ -18,7 +18,7 @@ CAPTIONS = (
 )
 # Uniforms of 4000 rows. The shares below are allowed four times their standard deviation, and the
 # seed is fixed: a test that passes once passes always.
-DRAWS = np.random.default_rng(0).random((4000, CaptionPolicy.NUM_DRAWS))
+DRAWS = np.random.default_rng(0).random((4000, CaptionPolicy.NUM_DRAWS)).tolist()
 
 
 def count(policy: CaptionPolicy, captions=CAPTIONS, kind=None) -> collections.Counter:
@@ -79,7 +79,7 @@ def test_the_kind_of_the_batch_leaves_dropout_and_captions_as_they_are():
 
 def test_the_kind_of_a_batch_is_drawn_by_weight():
     policy = CaptionPolicy(kinds={"tags": 1.0, "long": 3.0, "short": 0.0})
-    counts = collections.Counter(policy.draw_kind(draw) for draw in DRAWS[:, 0])
+    counts = collections.Counter(policy.draw_kind(draw) for draw in [draws[0] for draws in DRAWS])
     assert_shares(counts, {"long": 3 / 4, "tags": 1 / 4})
 
 
@@ -88,7 +88,7 @@ def test_the_first_and_the_last_draw_choose_something(draw):
     weights = dict.fromkeys(KINDS, 0.1)
     policy = CaptionPolicy(kinds=weights, languages={"en": 0.1, "zh": 0.2}, dropout=0.0)
     assert policy.draw_kind(draw) in KINDS
-    draws = np.full(CaptionPolicy.NUM_DRAWS, draw)
+    draws = [draw] * CaptionPolicy.NUM_DRAWS
     assert policy.text(CAPTIONS, policy.choose(CAPTIONS, draws), draws)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lumina_jax.data.order import mixed, shuffled
+from lumina_jax.data.order import mixed, shuffled, uniforms
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 64, 97, 1000, 65537])
@@ -77,3 +77,17 @@ def test_far_rows_of_a_mixture_are_exact():
     for stream in (0, 1):
         mine = inner[streams == stream]
         np.testing.assert_array_equal(np.diff(mine), 1)
+
+
+def test_the_random_numbers_of_a_row_are_uniform_and_its_own():
+    rows = np.arange(50_000)
+    numbers = uniforms(rows, 3, seed=1)
+    assert numbers.shape == (50_000, 3)
+    assert 0 <= numbers.min() < numbers.max() < 1
+    counts = np.apply_along_axis(lambda n: np.histogram(n, 20, (0, 1))[0], 0, numbers)
+    assert (((counts - 2500) ** 2 / 2500).sum(axis=0) < 19 + 6 * 6.2).all()  # chi-squared
+    pairs = [(numbers[:, 0], numbers[:, 1]), (numbers[1:, 0], numbers[:-1, 0])]
+    pairs.append((numbers[:, 2], uniforms(rows, 3, seed=2)[:, 2]))
+    for a, b in pairs:
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.02
+    np.testing.assert_array_equal(uniforms(rows[[7, 3]], 3, seed=1), numbers[[7, 3]])

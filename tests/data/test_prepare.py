@@ -248,6 +248,16 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
     assert all(path.exists() for path in others)
 
 
+def test_a_run_killed_in_its_last_moment_is_a_finished_one(tmp_path):
+    make_dataset(tmp_path, [noise("a")])
+    before = contents(tmp_path)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "000000.npz").write_bytes(b"what is left")
+    make_dataset(tmp_path, [noise("a")])
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "unfinished").exists()
+
+
 @pytest.mark.slow
 def test_a_command_killed_at_any_moment_goes_on(tmp_path):
     def command(output):
