@@ -33,6 +33,7 @@ def benchmark(*flags):
     return run("tools/benchmark_data.py", *flags)
 
 
+@pytest.mark.slow
 def test_all_give_the_same_pictures_and_are_compared(tmp_path):
     done = benchmark(
         "--resolution=144",

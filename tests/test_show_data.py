@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -28,7 +29,9 @@ def test_it_prints_numbers_and_draws_pictures(dataset, tmp_path):
     (short,) = [line for line in lines if line[:2] == ["short", "100%"]]
     assert short[2] == "64"
     assert 'config.data.text_slots = {"short": 64}' in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    *lines, written = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert written == f"statistics.png and 3 sheets in {tmp_path}"
 
     sheets = ["24x40.png", "32x32.png", "40x24.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*sheets, "statistics.png"]
@@ -41,6 +44,7 @@ def test_it_prints_numbers_and_draws_pictures(dataset, tmp_path):
     assert sizes["24x40.png"][1] > sizes["40x24.png"][1] > 200
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said(tmp_path):
     for arguments, message in [
         ([], "Missing --data. Only a config with data.directory can do without."),

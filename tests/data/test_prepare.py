@@ -377,6 +377,8 @@ def test_buckets_must_be_whole_tokens_within_the_budget(tmp_path):
         make_targets(tmp_path, [48], 4, [Bucket(48, 48)] * 2)
     with pytest.raises(InputError, match="Buckets are sizes of one resolution, and there are 2"):
         make_targets(tmp_path, [32, 48], 4, [Bucket(48, 48)])
+    with pytest.raises(InputError, match="Output s3://bucket/d: ArrayRecord does not read that"):
+        make_targets("s3://bucket/d", [32])
     with pytest.raises(InputError, match=r"Resolutions \[32, 32\]: need one or more, each once"):
         make_targets(tmp_path, [32, 32])
 
