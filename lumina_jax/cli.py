@@ -41,7 +41,7 @@ def run(
                     f"Got the argument(s) {' '.join(words) or 'none'}; needed: {needed}. "
                     f"`--help` shows an example."
                 )
-            missing = [name for name in required if flags.FLAGS[name].value in (None, [])]
+            missing = [name for name in required if flags.FLAGS[name].value in (None, [], "")]
             if missing:
                 raise InputError(f"Missing --{', --'.join(missing)}. `--help` shows an example.")
             _check_config()

@@ -60,6 +60,15 @@ def remove_asides(folder: epath.PathLike) -> None:
             (epath.Path(folder) / name).unlink()
 
 
+def remove_folder(folder: epath.PathLike, last: str) -> None:
+    """Removes a folder of files; the one called `last` says whose they are, so it goes last."""
+    fs, root = fsspec.core.url_to_fs(os.fspath(folder))
+    names = [name for name in sizes(folder) if name != last]
+    for start in range(0, len(names), 1000):
+        fs.rm([f"{root}/{name}" for name in names[start : start + 1000]])
+    epath.Path(folder).rmtree(missing_ok=True)
+
+
 def write(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a whole file; the folder is made."""
     with aside(path) as local:

@@ -19,10 +19,11 @@ finished is left as it is; other settings need --overwrite. On a cluster:
 """
 
 import os
+import pathlib
 
 import rich.console
 import rich.table
-from absl import flags
+from absl import flags, logging
 from etils import epath
 
 from lumina_jax import cli, plots
@@ -89,6 +90,8 @@ def main(kind: str) -> None:
     resolutions = [_whole("resolution", text) for text in _RESOLUTION.value]
     buckets = tuple(Bucket.parse(text) for text in _BUCKETS.value)
     targets = prepare.make_targets(_OUTPUT.value, resolutions, _PIXELS_PER_TOKEN.value, buckets)
+    if not 0 < _SHARD_MB.value < 1e6:
+        raise InputError(f"--shard_mb={_SHARD_MB.value} must be more than 0 and less than 1e6.")
     settings = Settings(
         fit=_FIT.value or ("pad" if kind == "openmoji" else "crop"),
         min_size=_MIN_SIZE.value,
@@ -99,13 +102,33 @@ def main(kind: str) -> None:
         shard_bytes=round(_SHARD_MB.value * 1e6),
     )
     where = _make_engine()
+    _check_apart()
     source = _make_source(kind, max(resolutions))
-    report = prepare.prepare(
-        source, _OUTPUT.value, targets, settings, engine=where, overwrite=_OVERWRITE.value
-    )
-    manifests = [Manifest.load(target.directory) for target in targets]
-    plots.prepared_data(manifests, report, epath.Path(_OUTPUT.value) / "report.png")
+    try:
+        report = prepare.prepare(
+            source, _OUTPUT.value, targets, settings, engine=where, overwrite=_OVERWRITE.value
+        )
+        manifests = [Manifest.load(target.directory) for target in targets]
+        plots.prepared_data(manifests, report, epath.Path(_OUTPUT.value) / "report.png")
+    except OSError as error:
+        logging.info("What failed:", exc_info=True)
+        raise InputError(
+            f"{error}. What is done is kept; mend it and give the same command again."
+        ) from error
     _print_summary(report, targets, manifests)
+
+
+def _check_apart() -> None:
+    """What is written must not be read as pictures, nor what is read be removed."""
+    if not _INPUT.value or "://" in _INPUT.value + _OUTPUT.value:
+        apart = not _INPUT.value or _OUTPUT.value.rstrip("/") != _INPUT.value.rstrip("/")
+    else:
+        folder, output = (pathlib.Path(path).resolve() for path in (_INPUT.value, _OUTPUT.value))
+        apart = folder != output and folder not in output.parents
+    if not apart:
+        raise InputError(
+            f"--output={_OUTPUT.value} lies in --input={_INPUT.value}. Choose a directory outside."
+        )
 
 
 def _make_source(kind: str, resolution: int) -> Source:
@@ -127,6 +150,8 @@ def _make_source(kind: str, resolution: int) -> Source:
             )
             raise InputError(f"The source openmoji takes no {names}; it has --emojis.")
         return OpenMojiSource(_EMOJIS.value, resolution)
+    if _EMOJIS.value != "all":
+        raise InputError(f"--emojis are of the source openmoji, not of {kind}.")
     if not _INPUT.value:
         raise InputError(f"Missing --input, where the {kind} source is. `--help` shows an example.")
     return make_source(kind, _INPUT.value, **options)

@@ -88,7 +88,10 @@ class CaptionPolicy:
 
         It chooses the same captions; `draw_kind` draws no kind that nothing has.
         """
+        pairs = list(pairs)
         found = {kind for kind, language in pairs if self.allows(kind, language)}
+        if not found:
+            raise InputError(f"The data has {describe_pairs(pairs)}; {self} allows none of them.")
         kinds = {kind: weight for kind, weight in self.kinds.items() if kind in found}
         return dataclasses.replace(self, kinds=kinds)
 

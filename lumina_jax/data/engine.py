@@ -10,6 +10,8 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -60,9 +62,19 @@ class Processes(Engine):
         # Fresh processes: a fork of one that has threads may hang.
         context = multiprocessing.get_context("spawn")
         workers = min(self._num_workers, len(tasks)) or 1
-        with context.Pool(workers, _end_with, (os.getpid(),)) as pool:
-            for done, _ in enumerate(pool.imap_unordered(function, tasks), start=1):
+        pool = futures.ProcessPoolExecutor(workers, context, _end_with, (os.getpid(),))
+        try:
+            running = [pool.submit(function, task) for task in tasks]
+            for done, finished in enumerate(futures.as_completed(running), start=1):
+                finished.result()
                 advance(done)
+        except BrokenProcessPool as error:
+            raise InputError(
+                "A worker was killed, perhaps because memory ran out. What is done is kept: give "
+                "the same command again, with fewer --num_workers."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class Beam(Engine):

@@ -42,6 +42,7 @@ from lumina_jax.errors import InputError
 Tokenize = Callable[..., tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]]
 
 _BATCHES_AT_ONCE = 64  # whose order is computed together, which costs hardly more than of one
+_PAUSES = (0.1, 1.0, 10.0)  # seconds, before a store is asked again
 _NUM_BATCHES = 2**48  # of a bucket: for ever, but few enough for Grain to add up
 
 
@@ -319,7 +320,7 @@ class _BucketBatches:
         indices = np.empty_like(places)
         for stream, (dataset, pictures) in enumerate(self._pictures.items()):
             mine = streams == stream
-            # Each has a seed of its own, which does not depend on what else there is.
+            # Two data sets of one size must not have the same order.
             seed = self._seed("records", dataset)
             indices[mine] = order.shuffled(places[mine], len(pictures), seed)
         draws = order.uniforms(rows.ravel(), CaptionPolicy.NUM_DRAWS, self._seed("captions"))
@@ -339,8 +340,9 @@ class _BucketBatches:
 class _Undecodable:
     """Counts the rows that had to be replaced and logs each bad record once; threads share it."""
 
-    def __init__(self):
+    def __init__(self, remedy: str = "the next one takes its place"):
         self.num_replaced = 0
+        self._remedy = remedy
         self._names: set[str] = set()
         self._lock = threading.Lock()
 
@@ -351,11 +353,12 @@ class _Undecodable:
                 return
             self._names.add(name)
         logging.warning(
-            "%s of bucket %s cannot be decoded (%s: %s); the next one takes its place.",
+            "%s of bucket %s cannot be decoded (%s: %s); %s.",
             name,
             bucket,
             type(error).__name__,
             error,
+            self._remedy,
         )
 
 
@@ -398,50 +401,65 @@ class _Pictures:
 
     def _decode(self, index: int, content: bytes | None, out: np.ndarray) -> Record:
         for _ in range(len(self)):
-            record = None
-            try:
-                record = Record(self._read_one(index) if content is None else content)
-                if self._latents is None:
-                    images.decode_stored(record.image, out)
-                else:
-                    out[...] = self._latents.decode(record.latents, self._bucket)
+            if record := self.decode(index, out, content):
                 return record
-            except InputError:
-                raise
-            except Exception as error:  # what a decoder raises on damaged bytes is anything
-                name = f"number {index}" if record is None else record.id
-                self._undecodable.add(f"Record {name}", self._bucket, error)
             index, content = (index + 1) % len(self), None
         raise InputError(
             f"None of the {len(self)} records of bucket {self._bucket} can be decoded. {REMAKE}"
         )
 
+    def decode(self, index: int, out: np.ndarray, content: bytes | None = None) -> Record | None:
+        """Decodes a record into an array; None, counted and logged, if it is damaged."""
+        record = None
+        try:
+            record = Record(self._read_one(index) if content is None else content)
+            if self._latents is None:
+                images.decode_stored(record.image, out)
+            else:
+                out[...] = self._latents.decode(record.latents, self._bucket)
+            return record
+        except InputError:
+            raise
+        except Exception as error:  # what a decoder raises on damaged bytes is anything
+            name = f"number {index}" if record is None else record.id
+            self._undecodable.add(f"Record {name}", self._bucket, error)
+            return None
+
     def _read_one(self, index: int) -> bytes:
-        """Reads a record of its own; what only the network did must not choose another one."""
-        for seconds in (0.1, 1.0, 10.0) if self._records.remote else ():
+        """Reads a record of its own.
+
+        Only one that is damaged may be replaced: what the network or the machine did to this
+        process alone must not choose another row here than elsewhere.
+        """
+        for seconds in (*_PAUSES, None) if self._records.remote else (None,):
             try:
                 return self._records[index]
             except Exception as error:
+                if "orrupted" in str(error):  # of ArrayRecord: a checksum does not fit
+                    raise
+                if seconds is None:
+                    raise InputError(
+                        f"{self._records.shard_of(index)} cannot be read ({error}), and could when "
+                        "the run began. Put it back, or mend the storage, and start again."
+                    ) from error
                 logging.warning("Reading again in %g s, after: %s", seconds, error)
                 time.sleep(seconds)
-        try:
-            return self._records[index]
-        except Exception:
-            self._records.check_shard(index)
-            raise
+        raise AssertionError("the last attempt returns or raises")
 
 
 def read_pictures(directory: epath.PathLike) -> Iterator[dict[str, Any]]:
-    """Yields every picture once, in the order of the shards: `id`, `image` and `captions`."""
+    """Yields every sound picture once, in the order of the shards: `id`, `image`, `captions`."""
     manifest = Manifest.load(directory)
     splits = [split for split in manifest.splits if split.num_records]
     records.check_complete(directory, splits)
     for split in splits:
-        pictures = _Pictures(os.fspath(directory), split, manifest, (), _Undecodable())
+        pictures = _Pictures(
+            os.fspath(directory), split, manifest, (), _Undecodable("it is left out")
+        )
         for index in range(len(pictures)):
             (image,) = pictures.empty(1)
-            (record,) = pictures.read([index], [image])
-            yield {"id": record.id, "image": image, "captions": list(record.captions)}
+            if record := pictures.decode(index, image):
+                yield {"id": record.id, "image": image, "captions": list(record.captions)}
 
 
 def _check_numbers(

@@ -73,10 +73,15 @@ class _Rejections:
 
 
 class IndexWriter:
-    """Gathers the index of a part: what was rejected, and of each other picture one row."""
+    """Gathers the index of a part: what was rejected, and of each other picture one row.
 
-    def __init__(self, num_targets: int):
-        self.num_read = 0
+    Attributes:
+        num_read: pictures given by the source.
+        attempt: names the spools that belong to this index.
+    """
+
+    def __init__(self, num_targets: int, attempt: str):
+        self.num_read, self.attempt = 0, attempt
         self._rejections = _Rejections(num_targets)
         self._caption_sets: dict[tuple[tuple[str, str], ...], int] = {}
         self._ids: list[str] = []
@@ -116,6 +121,7 @@ class IndexWriter:
         """The index as a file."""
         summary = {
             "num_read": self.num_read,
+            "attempt": self.attempt,
             "rejected": self._rejections.counts,
             "examples": self._rejections.examples,
             "ids": self._ids,
@@ -142,6 +148,7 @@ class Index:
 
     Attributes:
         num_read: pictures given by the source, good or bad.
+        attempt: names the spools that belong to this index.
         rejected: of each target, how many for each reason.
         examples: of each reason, some (id, detail).
         ids: of the pictures.
@@ -158,6 +165,7 @@ class Index:
         arrays = np.load(io.BytesIO(content))
         summary = json.loads(arrays["summary"].tobytes())
         self.num_read: int = summary["num_read"]
+        self.attempt: str = summary["attempt"]
         self.rejected: list[dict[str, int]] = summary["rejected"]
         self.examples: dict[str, list[list[str]]] = summary["examples"]
         self.ids: list[str] = summary["ids"]
@@ -184,12 +192,14 @@ class Plan:
 
     Attributes:
         shards: to fill.
+        attempts: of each part, the one whose index was planned with.
         caption_sets: of each (column, bucket) with records.
         fingerprints: of each target; it changes with any byte of a record, and with their order.
         report: of the whole run.
     """
 
     shards: tuple[PlannedShard, ...]
+    attempts: tuple[str, ...]
     caption_sets: Mapping[tuple[int, int], tuple[CaptionSet, ...]]
     fingerprints: tuple[str, ...]
     report: Report
@@ -216,9 +226,10 @@ def make_plan(
     repeated = _Repeated(indices(), keep_duplicates)
     rejections = _Rejections(num_targets)
     fillings: dict[tuple[int, int], _Filling] = collections.defaultdict(_Filling)
-    num_read = first = 0
+    num_read, first, attempts = 0, 0, []
     for number, index in enumerate(indices()):
         num_read += index.num_read
+        attempts.append(index.attempt)
         rejections.update(index.rejected, index.examples)
         kept = repeated.reject(index, first, rejections)
         first += len(index.ids)
@@ -243,6 +254,7 @@ def make_plan(
             for key, shards in ((key, fillings[key].shards) for key in keys)
             for number, pieces in enumerate(shards)
         ),
+        attempts=tuple(attempts),
         caption_sets={key: fillings[key].caption_sets() for key in keys},
         fingerprints=tuple(content.hexdigest() for content in hashes),
         report=Report(num_read, tuple(written), counts, rejections.examples),
@@ -329,6 +341,8 @@ class _Repeated:
             for row in np.flatnonzero(mask)[:NUM_EXAMPLES].tolist():
                 kept = self._ids.get(self._kept.get(first + row, -1))
                 detail = "" if kept is None else f"the same pixels as {kept}"
+                if reason == "id taken":
+                    detail = "another picture has it"
                 rejections.show(index.ids[row], reason, detail)
         return ~(duplicate | taken)
 

@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
@@ -44,6 +45,7 @@ from lumina_jax.data.sources.base import Item, Part, Source
 from lumina_jax.errors import InputError
 
 REPORT = "report.json"
+MARKER = records.MARKERS[0]
 FITS = {"crop": resize_and_crop, "pad": pad_to_fit}
 # Small pictures are stored without loss: at these sizes JPEG artefacts are a visible share of them.
 MAX_PNG_RESOLUTION = 128
@@ -122,7 +124,7 @@ def make_targets(
         )
     made = []
     for resolution in sorted(resolutions):
-        side = pixels_per_token or (16 if resolution >= 256 else 4)
+        side = (16 if resolution >= 256 else 4) if pixels_per_token is None else pixels_per_token
         sizes = buckets or bucket_sizes(records.num_tokens(resolution, side), side)
         directory = epath.Path(output)
         if len(resolutions) > 1:
@@ -222,7 +224,7 @@ def prepare(
         )
     files.remove_asides(output)
     _save_report(output, plan.report, targets)
-    (output / records.UNFINISHED).rmtree()
+    files.remove_folder(output / records.UNFINISHED, last=MARKER)
     return plan.report
 
 
@@ -267,10 +269,14 @@ class Job:
             return
         given = json.loads(self._path(number, "json").read_text())
         part = Part(**{**given, "names": tuple(given["names"])})
-        index = IndexWriter(len(self.targets))
+        index = IndexWriter(len(self.targets), attempt=uuid.uuid4().hex[:8])
         with contextlib.ExitStack() as stack:
+            # A name of this attempt alone: another one may meet other pictures, where a source
+            # fails now and then, and its index would not fit these records.
             spools = [
-                stack.enter_context(records.shard_writer(self._spool(number, column)))
+                stack.enter_context(
+                    records.shard_writer(self._spool(number, index.attempt, column))
+                )
                 for column in range(len(self.targets))
             ]
             for item in self.source.read(part):
@@ -344,8 +350,14 @@ class Job:
         ]
 
         def write(shard):
+            parts = np.unique(shard.records[:, 0])
             content = io.BytesIO()
-            np.save(content, shard.records)
+            np.savez(
+                content,
+                records=shard.records,
+                parts=parts,
+                attempts=np.array([plan.attempts[part] for part in parts.tolist()]),
+            )
             files.write(self._plan_path(shard.column, self._shard_name(shard)), content.getvalue())
 
         for _ in _in_threads(write, missing):
@@ -358,11 +370,14 @@ class Job:
         path = epath.Path(self.targets[column].directory) / name
         if path.exists():
             return
-        wanted = np.load(io.BytesIO(self._plan_path(column, name).read_bytes()))
+        planned = np.load(io.BytesIO(self._plan_path(column, name).read_bytes()))
+        wanted = planned["records"]
+        attempts = dict(zip(planned["parts"].tolist(), planned["attempts"].tolist(), strict=True))
         pieces = np.split(wanted, np.flatnonzero(np.diff(wanted[:, 0])) + 1)
 
         def read(piece):
-            spool = self._spool(int(piece[0, 0]), column)
+            part = int(piece[0, 0])
+            spool = self._spool(part, attempts[part], column)
             return list(records.read_shard(spool, piece[:, 1].tolist()))
 
         with records.shard_writer(path) as write:
@@ -387,14 +402,14 @@ class Job:
     def _path(self, number: int, ending: str) -> epath.Path:
         return epath.Path(self.folder) / f"{number:06d}.{ending}"
 
-    def _spool(self, number: int, column: int) -> epath.Path:
-        return self._path(number, f"{self.targets[column].resolution}px")
+    def _spool(self, number: int, attempt: str, column: int) -> epath.Path:
+        return self._path(number, f"{attempt}.{self.targets[column].resolution}px")
 
     def _load_index(self, number: int) -> Index:
         return Index(self._path(number, "npz").read_bytes())
 
     def _plan_path(self, column: int, name: str) -> epath.Path:
-        return epath.Path(self.folder) / f"{self.targets[column].resolution}px.{name}.npy"
+        return epath.Path(self.folder) / f"{self.targets[column].resolution}px.{name}.plan"
 
     def _shard_name(self, shard: PlannedShard) -> str:
         bucket = self.targets[shard.column].buckets[shard.bucket]
@@ -436,8 +451,9 @@ def _dataset_settings(source: Source, target: Target, settings: Settings) -> dic
 def _find_finished(output: epath.Path, wanted: Mapping[Target, dict[str, Any]]) -> Report | None:
     """Returns the report of datasets that are there already; refuses others."""
     unfinished = output / records.UNFINISHED
+    begun = (unfinished / MARKER).exists()
     complete = [(epath.Path(t.directory) / records.MANIFEST).exists() for t in wanted]
-    if unfinished.exists() and not (all(complete) and (output / REPORT).exists()):
+    if begun and not (all(complete) and (output / REPORT).exists()):
         return None  # `_start` looks whose it is
     manifests = {target: records.find(target.directory) for target in wanted}
     if not any(complete):
@@ -445,7 +461,13 @@ def _find_finished(output: epath.Path, wanted: Mapping[Target, dict[str, Any]]) 
     for target, manifest in manifests.items():
         there = manifest.settings if manifest else {}
         _check_same(target.directory, there, wanted[target])
-    unfinished.rmtree(missing_ok=True)  # a run may have been killed while it removed it
+    if begun:  # a run was killed while it removed it
+        files.remove_folder(unfinished, last=MARKER)
+    if not (output / REPORT).exists():
+        raise InputError(
+            f"The data in {output} is complete, but {REPORT} is gone. Use it as it is, or make it "
+            "again with --overwrite."
+        )
     return _load_report(output)
 
 
@@ -462,12 +484,25 @@ def _start(
         digest.update(json.dumps(dataclasses.astuple(part)).encode())
     mine = {"format": records.FORMAT, "parts": digest.hexdigest(), "datasets": wanted}
     folder = output / records.UNFINISHED
-    path = folder / "settings.json"
+    path = folder / MARKER
+    if not path.exists() and (others := set(files.sizes(folder))):
+        raise InputError(
+            f"{folder} holds {', '.join(sorted(others)[:3])} and is not of this command. Choose "
+            "another output, or remove it yourself."
+        )
+    alone = [os.fspath(output)] == [target.directory for target in job.targets]
+    if not alone and (output / records.MANIFEST).exists():
+        raise InputError(
+            f"{output} is a data set itself, so none can be made below it. Choose another output."
+        )
     if overwrite:
+        begun = path.exists()
         for target in job.targets:
             records.remove(target.directory)
-        (output / REPORT).unlink(missing_ok=True)
-        folder.rmtree(missing_ok=True)
+        if begun:
+            files.remove_folder(folder, last=MARKER)
+        if begun or alone or _is_report(output / REPORT):
+            (output / REPORT).unlink(missing_ok=True)
     elif path.exists():
         theirs = json.loads(path.read_text())
         if len(theirs["datasets"]) == len(wanted):
@@ -479,9 +514,16 @@ def _start(
                 "another version, or the source has changed. Choose another directory, or begin "
                 "again with --overwrite."
             )
-    files.write(path, json.dumps(mine, indent=1, ensure_ascii=False))
+    files.write(path, _to_json(mine))
     for target in job.targets:
         epath.Path(target.directory).mkdir(parents=True, exist_ok=True)
+
+
+def _is_report(path: epath.Path) -> bool:
+    try:
+        return {"read", "resolutions", "examples"} <= set(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _check_same(directory: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -497,13 +539,19 @@ def _check_same(directory: str, there: Mapping[str, Any], here: Mapping[str, Any
         )
 
 
+def _to_json(content: Any) -> bytes:
+    """Readable JSON; what is no Unicode, of file names of other encodings, is escaped."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
+
+
 def _save_report(output: epath.Path, report: Report, targets: Sequence[Target]) -> None:
     resolutions = {
         target.resolution: {"written": written, "rejected": rejected}
         for target, written, rejected in zip(targets, report.written, report.rejected, strict=True)
     }
     content = {"read": report.num_read, "resolutions": resolutions, "examples": report.examples}
-    files.write(output / REPORT, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    files.write(output / REPORT, _to_json(content))
 
 
 def _load_report(output: epath.Path) -> Report:

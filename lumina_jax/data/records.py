@@ -27,7 +27,6 @@ import os
 import pathlib
 import resource
 import tempfile
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
@@ -50,6 +49,7 @@ from lumina_jax.version import __version__
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # a folder for those who make a dataset, in the directory of it
+MARKERS = ("settings.json", "fingerprint")  # say there whose it is: of prepare, of cached features
 # Raise it when a dataset written before can no longer be read.
 FORMAT = 2
 REMAKE = "Make the dataset again with tools/prepare_data.py and --overwrite."
@@ -398,7 +398,6 @@ class Records:
         self._paths = _readable(paths)
         self._ends = list(itertools.accumulate(shard.num_records for shard in split.shards))
         self._readers: list[ArrayRecordReader | None] = [None] * len(paths)
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -426,18 +425,16 @@ class Records:
         collections.deque(run(read, by_shard), maxlen=0)
         return contents
 
-    def check_shard(self, index: int) -> None:
-        """Raises if the shard of a record is gone."""
-        path = self._paths[bisect.bisect_right(self._ends, index)]
-        if not epath.Path(path).exists():
-            raise InputError(f"{path} was there when the run began, and is gone. Put it back.")
+    def shard_of(self, index: int) -> str:
+        """Returns the path of the file that a record is in."""
+        return self._paths[bisect.bisect_right(self._ends, index)]
 
     def _reader(self, shard: int) -> ArrayRecordReader:
-        if self._readers[shard] is None:
-            with self._lock:
-                if self._readers[shard] is None:
-                    self._readers[shard] = _open_reader(self._paths[shard])
-        return self._readers[shard]
+        # Without a lock: opening waits for the store, and a second reader does no harm.
+        reader = self._readers[shard]
+        if reader is None:
+            reader = self._readers[shard] = _open_reader(self._paths[shard])
+        return reader
 
 
 def _open_reader(path: str) -> ArrayRecordReader:
@@ -465,7 +462,15 @@ def _readable(paths: list[str]) -> list[str]:
 
 def check_complete(directory: epath.PathLike, splits: Iterable[Split]) -> None:
     """Raises unless every shard is there in full; one listing, whatever their number."""
+    splits = list(splits)
     sizes = files.sizes(directory)
+    num_shards = sum(len(split.shards) for split in splits)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if "://" not in os.fspath(directory) and most < num_shards + 200:
+        raise InputError(
+            f"{directory} has {num_shards} shards, and this process may open {most} files. Raise "
+            "the limit (ulimit -Hn), or prepare the data with a larger --shard_mb."
+        )
     faults = []
     for shard in (shard for split in splits for shard in split.shards):
         if shard.name not in sizes:
@@ -499,16 +504,25 @@ def remove(directory: epath.PathLike) -> None:
     if not directory.exists():
         return
     names = files.sizes(directory) if directory.is_dir() else {directory.name: 0}
+    shards = sorted(name for name in names if name.lstrip(".").startswith("pictures-train_"))
     # The manifest goes first: a directory half removed must not look complete.
-    ours = [name for name in (MANIFEST, *_TFDS_FILES) if name in names]
-    ours += sorted(name for name in names if name.lstrip(".").startswith("pictures-train_"))
-    if names and not ours and UNFINISHED not in names:
+    ours = [*(name for name in (MANIFEST, *_TFDS_FILES) if name in names), *shards]
+    begun = any((directory / UNFINISHED / marker).exists() for marker in MARKERS)
+    if names and not shards and not begun and not _is_manifest(directory / MANIFEST):
         raise InputError(
             f"{directory} is not a dataset (it has no {MANIFEST} and no shards), so --overwrite "
             "does not touch it. Choose another directory."
         )
     for name in ours:
         (directory / name).unlink()
+
+
+def _is_manifest(path: epath.Path) -> bool:
+    """Whether a file is a manifest of any format; other programs have files of that name."""
+    try:
+        return {"format", "fingerprint", "splits"} <= set(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def finish(directory: epath.PathLike, manifest: Manifest) -> None:

@@ -38,6 +38,8 @@ from lumina_jax.progress import progress_bar
 from lumina_jax.system_prompts import prefixed
 from lumina_jax.version import __version__
 
+MARKER = records.MARKERS[1]
+
 
 def cache_features(
     source: epath.PathLike,
@@ -90,10 +92,16 @@ def cache_features(
     fingerprint = hashlib.sha256(content).hexdigest()
     output = epath.Path(output)
     unfinished = output / records.UNFINISHED
-    began = unfinished / "fingerprint"
+    began = unfinished / MARKER
+    if not began.exists() and files.sizes(unfinished):
+        raise InputError(
+            f"{unfinished} is not of this command. Choose another output, or remove it yourself."
+        )
     if overwrite:
+        begun = began.exists()
         records.remove(output)
-        unfinished.rmtree(missing_ok=True)
+        if begun:
+            files.remove_folder(unfinished, last=MARKER)
     elif began.exists():
         _check_fingerprint(output, began.read_text(), fingerprint)
     elif (there := records.find(output)) is not None:
@@ -136,7 +144,7 @@ def cache_features(
         found, splits=tuple(splits), cache=cache, fingerprint=fingerprint, version=__version__
     )
     records.finish(output, manifest)
-    unfinished.rmtree()
+    files.remove_folder(unfinished, last=MARKER)
     return manifest
 
 

@@ -253,6 +253,7 @@ def test_a_run_killed_in_its_last_moment_is_a_finished_one(tmp_path):
     before = contents(tmp_path)
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "000000.npz").write_bytes(b"what is left")
+    (tmp_path / "unfinished" / "settings.json").write_text("{}")
     make_dataset(tmp_path, [noise("a")])
     assert contents(tmp_path) == before
     assert not (tmp_path / "unfinished").exists()
@@ -358,6 +359,109 @@ def test_what_is_no_data_set_is_never_removed(tmp_path):
     with pytest.raises(InputError, match="so --overwrite does not touch it"):
         make_dataset(tmp_path, [noise("a")], overwrite=True)
     assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+def test_a_folder_of_others_called_unfinished_is_never_removed(tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "chapter1.txt").write_text("dear")
+    (tmp_path / "LICENSE").write_text("mine")
+    (tmp_path / "report.json").write_text("{}")
+    before = contents(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"holds chapter1\.txt and is not of this|no manifest"):
+            make_dataset(tmp_path, [noise("a")], overwrite=overwrite)
+        targets = make_targets(tmp_path, [32, 64], 4)
+        with pytest.raises(InputError, match=r"holds chapter1\.txt and is not of this command"):
+            prepare.prepare(ListSource((noise("a"),)), tmp_path, targets, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_overwriting_that_was_killed_leaves_nothing_of_the_old_source(tmp_path):
+    """Whatever was removed already: the note on whose it is goes last."""
+    targets = make_targets(tmp_path, [32], 4, BUCKETS)
+    old, new = (tuple(noise(f"{name}{n}") for n in range(4)) for name in ("old", "new"))
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(ListSource(old), tmp_path, targets, engine=Stops("Writing", 0))
+    removed = []
+
+    def die(paths):
+        removed.extend(paths)
+        raise KeyboardInterrupt
+
+    other = Settings(min_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "fsspec.implementations.local.LocalFileSystem.rm", lambda fs, paths: die(paths)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(ListSource(new), tmp_path, targets, other, overwrite=True)
+    assert removed
+    assert not any(path.endswith("settings.json") for path in removed)
+    with pytest.raises(InputError, match="min_size is 1 there and 2 here"):
+        prepare.prepare(ListSource(new), tmp_path, targets, other)
+    prepare.prepare(ListSource(new), tmp_path, targets, other, overwrite=True)
+    assert set(stored(tmp_path)) == {item.id for item in new}
+
+
+def test_a_data_set_is_not_mixed_with_several_below_it(tmp_path):
+    make_dataset(tmp_path, [noise("a")])
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="is a data set itself, so none can be made below it"):
+        prepare.prepare(
+            ListSource((noise("a"),)), tmp_path, make_targets(tmp_path, [32, 64], 4), overwrite=True
+        )
+    assert contents(tmp_path) == before
+
+
+def test_a_data_set_without_its_report_says_so(tmp_path):
+    make_dataset(tmp_path, [noise("a")])
+    (tmp_path / "report.json").unlink()
+    with pytest.raises(InputError, match=r"is complete, but report\.json is gone"):
+        make_dataset(tmp_path, [noise("a")])
+
+
+def test_names_that_are_no_unicode_do_not_end_a_run(tmp_path):
+    odd = Item("x", None, fault=Rejected("not found", "caf\udce9.png"))
+    make_dataset(tmp_path, [noise("a"), odd])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["examples"]["not found"] == [["x", "caf\udce9.png"]]
+
+
+def test_an_attempt_that_met_other_pictures_does_not_mix_with_another(tmp_path):
+    """Two workers on one part, of which one could not read a picture: one of them is believed."""
+    targets = make_targets(tmp_path, [32], 4, BUCKETS)
+    items = [noise("a", (60, 36)), noise("b"), noise("c", (60, 36)), noise("d")]
+    lost = [Item("a", None, fault=Rejected("not found")), *items[1:]]
+
+    class Twice(engine.Engine):
+        def run(self, description, function, tasks):
+            for task in tasks:
+                function(task)
+                if description == "Reading":
+                    other = prepare.Job(ListSource(tuple(lost)), *rest)
+                    index = other._path(task, "npz")
+                    kept = index.read_bytes()
+                    index.unlink()
+                    other.process_part(task)  # its spools come last,
+                    index.write_bytes(kept)  # the index of the first one stays
+
+    source = ListSource(tuple(items))
+    rest = (os.fspath(tmp_path / "unfinished"), targets, Settings())
+    report = prepare.prepare(source, tmp_path, targets, engine=Twice())
+    assert report.written == (4,)
+    assert {id: str(bucket) for id, (bucket, _) in stored(tmp_path).items()} == {
+        "a": "40x24", "b": "32x32", "c": "40x24", "d": "32x32"
+    }  # fmt: skip
+
+
+def _die(number):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_word():
+    with pytest.raises(InputError, match="A worker was killed, perhaps because memory ran out"):
+        engine.Processes(2).run("", _die, range(4))
 
 
 def test_no_picture_at_all_is_refused_and_the_report_says_why(tmp_path):

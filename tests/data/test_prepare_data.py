@@ -199,6 +199,15 @@ def test_bad_input_is_one_line_and_status_two(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
+def test_what_is_read_and_what_is_written_are_kept_apart(photos, tmp_path):
+    before = sorted(photos.iterdir())
+    for output in (photos, photos / "d"):
+        done = prepare_data("folder", f"--input={photos}", f"--output={output}", "--overwrite")
+        assert done.returncode == 2
+        assert "lies in --input=" in done.stderr
+    assert sorted(photos.iterdir()) == before
+
+
 def test_help_shows_an_example():
     done = prepare_data("--help")
     assert "python tools/prepare_data.py folder --input=" in done.stdout + done.stderr

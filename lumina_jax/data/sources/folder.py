@@ -73,7 +73,8 @@ class FolderSource(CaptionedSource):
                 if any(self._stems(name)):
                     yield faulty(name, Rejected("no picture", "a caption without its picture"))
                 else:
-                    yield faulty(name, Rejected("not a picture", "its suffix is not known"))
+                    detail = "not a file of a known suffix"  # links to folders are none either
+                    yield faulty(name, Rejected("not a picture", detail))
                 continue
             stem = pictures[0].rpartition(".")[0]
             beside = [name for name in group if not is_picture(name)]

@@ -77,9 +77,11 @@ class JsonSource(CaptionedSource):
                     path = next((p for p in paths if p and isinstance(p, str)), None)
                     if path is None:
                         raise Rejected("no picture path", f"none of {', '.join(PATH_KEYS)} is text")
-                    name = path
+                    # Several files may each name pictures of their own folder alike.
+                    name = path if self.root else join(part.names[0].rpartition("/")[0], path)
+                    name = name.removeprefix("/") if not path.startswith("/") else name
                     captions = self.captions_of(metadata)
-                    item = make_item(path, read_file(join(root, path)), captions, metadata)
+                    item = make_item(name, read_file(join(root, path)), captions, metadata)
                 except Rejected as fault:
                     item = faulty(name, fault)
                 yield item

@@ -18,6 +18,7 @@ from lumina_jax.data.sources.reading import join, list_files, open_filesystem, r
 from lumina_jax.errors import InputError
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "image_bytes", "bytes", "image_path", "path", "url")
+ROWS_PER_PART = 1000  # or more, where a row group has more
 ROWS_AT_ONCE = 16
 _BUFFER = 2**22  # bytes read at a time from each column
 _NUM_FOOTERS = 32  # read at the same time, since a store answers each after tens of milliseconds
@@ -38,15 +39,15 @@ class ParquetSource(CaptionedSource):
     name: ClassVar[str] = "parquet"
 
     def parts(self) -> list[Part]:
-        """The row groups."""
+        """The row groups, small ones together."""
         files = list_files(self.path, (".parquet",))
         _pyarrow()  # a missing package is told once, not by each thread
         with ThreadPoolExecutor(_NUM_FOOTERS) as pool:
             groups = list(pool.map(self._row_groups, [path for path, _ in files]))
         parts = [
-            Part(path, group, group + 1, (name,))
+            Part(path, start, stop, (name,))
             for (path, name), found in zip(files, groups, strict=True)
-            for group in found
+            for start, stop in found
         ]
         if not parts:
             raise InputError(f"{self.path} holds no row. Give files that do.")
@@ -61,23 +62,25 @@ class ParquetSource(CaptionedSource):
             watched = _Watched(stream)
             table = _open(watched, part.path)
             image, columns = self._columns(table.schema_arrow, part.path)
-            groups = range(part.start, part.stop)
             row = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
-            end = row + sum(table.metadata.row_group(i).num_rows for i in groups)
-            batches = table.iter_batches(
-                ROWS_AT_ONCE, row_groups=groups, columns=columns, use_threads=False
-            )
-            try:
-                for batch in batches:
-                    for i in range(len(batch)):
-                        yield self._item(f"{part.names[0]}:{row}", batch.slice(i, 1), image, root)
-                        row += 1
-            except (pyarrow.ArrowException, OSError) as error:
-                if watched.failed:
-                    raise
-                fault = Rejected("damaged row group", f"{part.path}: {error}")
-        for lost in range(row, end):
-            yield faulty(f"{part.names[0]}:{lost}", fault)
+            for group in range(part.start, part.stop):
+                end = row + table.metadata.row_group(group).num_rows
+                batches = table.iter_batches(
+                    ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False
+                )
+                try:
+                    for batch in batches:
+                        for i in range(len(batch)):
+                            name = f"{part.names[0]}:{row}"
+                            yield self._item(name, batch.slice(i, 1), image, root)
+                            row += 1
+                except (pyarrow.ArrowException, OSError) as error:
+                    if watched.failed:
+                        raise
+                    fault = Rejected("damaged row group", f"{part.path}: {error}")
+                for lost in range(row, end):
+                    yield faulty(f"{part.names[0]}:{lost}", fault)
+                row = end
 
     def _item(self, name: str, row: Any, image: str, root: str) -> Item:
         try:
@@ -96,14 +99,21 @@ class ParquetSource(CaptionedSource):
         except Rejected as fault:
             return faulty(name, fault)
 
-    def _row_groups(self, path: str) -> list[int]:
-        """Returns the numbers of those that have rows, after checking the columns."""
+    def _row_groups(self, path: str) -> list[tuple[int, int]]:
+        """Returns neighbours that make a part together, after checking the columns."""
         fs, file = open_filesystem(path)
         with fs.open(file, "rb", cache_type="none") as stream:
             table = _open(stream, path)
             self._columns(table.schema_arrow, path)
             counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-        return [group for group, num_rows in enumerate(counts) if num_rows]
+        parts, start = [], 0
+        for stop in range(1, len(counts) + 1):
+            # Some writers make groups of a hundred rows, and a part has its own files.
+            num_rows = sum(counts[start:stop])
+            if num_rows >= ROWS_PER_PART or (stop == len(counts) and num_rows):
+                parts.append((start, stop))
+                start = stop
+        return parts
 
     def _columns(self, schema: Any, path: str) -> tuple[str, list[str]]:
         """Returns the column of the pictures, and all that are needed."""

@@ -1,15 +1,16 @@
 """Finding and reading the files of a source, wherever fsspec reaches.
 
 A fault of one picture, such as a missing file, is `Rejected` and costs that picture. A fault of the
-store (no network, no permission) is raised as it is: the task fails and is tried again, instead of
-losing pictures that are there.
+store (no network, no permission) is raised as it is: the task fails instead of losing pictures that
+are there, and the same command given again goes on with it.
 """
 
 import errno
 import itertools
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,9 +79,23 @@ def _is_plain(pattern: str) -> bool:
 def names_below(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
     """Returns every file of a folder, by its path in it, sorted; hidden ones are left out."""
     start = len(root.rstrip("/")) + 1
-    names = (name[start:] for name in fs.find(root))
+    found = _walk(root) if isinstance(fs, LocalFileSystem) else fs.find(root)
+    names = (name[start:] for name in found)
     # Stores that know no folders keep empty files in their place, whose names end with a slash.
     return sorted(n for n in names if n and n[-1] != "/" and not f"/{n}".count("/."))
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Yields every file, and links to folders; fsspec would pass over what it may not read."""
+
+    def fail(error: OSError):
+        raise InputError(
+            f"{error.filename} cannot be read ({error.strerror}). Allow it, or give another folder."
+        ) from error
+
+    for folder, inner, files in os.walk(root, onerror=fail):
+        links = (name for name in inner if os.path.islink(f"{folder}/{name}"))
+        yield from (f"{folder}/{name}" for name in (*files, *links))
 
 
 def url_of(fs: fsspec.AbstractFileSystem, name: str) -> str:
@@ -121,7 +136,12 @@ def read_file(path: str) -> bytes:
     except Exception as error:
         # What the web answers differs by server and library; links that are dead are its normal.
         if path.startswith(("http://", "https://")):
-            raise Rejected("not found", f"{path}: {error!r}") from error
+            causes = [error]
+            while cause := causes[-1].__cause__:
+                causes.append(cause)
+            gone = any(getattr(cause, "status", 0) in (404, 410) for cause in causes)
+            reason = "not found" if gone else "unreachable"
+            raise Rejected(reason, f"{path}: {causes[-1]!r}") from error
         raise
 
 

@@ -1,4 +1,6 @@
+import http.server
 import sys
+import threading
 
 import pytest
 
@@ -97,8 +99,23 @@ def test_a_path_that_names_no_file_costs_one_picture(tmp_path, path, reason):
 
 def test_a_dead_link_costs_one_picture():
     pytest.importorskip("aiohttp")
-    with pytest.raises(Rejected, match=r"not found: http://127\.0\.0\.1:9/x\.jpg"):
+    with pytest.raises(Rejected, match=r"unreachable: http://127\.0\.0\.1:9/x\.jpg"):
         reading.read_file("http://127.0.0.1:9/x.jpg")
+
+    class Empty(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(Rejected, match="not found: http://127"):
+            reading.read_file(f"http://127.0.0.1:{server.server_port}/x.jpg")
+        server.shutdown()
 
 
 def test_a_fault_of_the_store_is_no_fault_of_the_picture(tmp_path, monkeypatch):
