@@ -536,3 +536,47 @@ def test_a_policy_reaches_the_texts(load, kinds):
     assert prefixed("", "base") in texts
     assert prefixed("s3", "base") in texts
     assert "" not in texts
+
+
+def test_without_text_slots_the_captions_of_a_batch_are_of_several_kinds(load, kinds):
+    policy = CaptionPolicy(kinds={"long": 1.0, "short": 1.0}, dropout=0.0)
+    loader = load(kinds, policy=policy)
+    mixed = 0
+    for step in range(20):
+        batch = loader.batch_at(step)
+        both = [int(record_id[1:]) < 12 for record_id in batch["ids"]]  # have a choice
+        found = {text[0] for text in itertools.compress(batch["captions"], both)}
+        mixed += found == {"l", "s"}
+    assert mixed > 10
+
+
+@pytest.mark.parametrize(("damaged", "following"), [("c", "d"), ("f", "a")])
+def test_the_record_after_a_damaged_one_takes_its_place(load, tmp_path, damaged, following):
+    make_dataset(tmp_path / "d", [picture(name) for name in "abcdef"])
+    sound = load(tmp_path / "d", batch_size=6).batch_at(0)
+    damage(tmp_path / "d", {damaged})
+    batch = load(tmp_path / "d", batch_size=6).batch_at(0)
+    assert sorted(sound["ids"]) == list("abcdef")
+    places = [
+        list(sound["ids"]).index(following if name == damaged else name) for name in sound["ids"]
+    ]
+    np.testing.assert_array_equal(batch["ids"], sound["ids"][places])
+    np.testing.assert_array_equal(batch["images"], sound["images"][places])
+
+
+def test_equally_many_records_are_in_another_order_in_each_data_set_and_bucket(load, tmp_path):
+    sizes = {Bucket(32, 32): (40, 40), Bucket(40, 24): (50, 30)}
+    for name in "ab":
+        items = [
+            picture(f"{name}{12 * number + n}", size)
+            for number, size in enumerate(sizes.values())
+            for n in range(12)
+        ]
+        make_dataset(tmp_path / name, items, tuple(sizes), keep_duplicates=True)
+    orders = []
+    for bucket in sizes:
+        loader = load(tmp_path / "a", tmp_path / "b", buckets=[bucket], batch_size=24)
+        ids = loader.batch_at(0)["ids"]
+        orders += [[int(i[1:]) % 12 for i in ids if i[0] == name] for name in "ab"]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len(set(map(tuple, orders))) == 4

@@ -50,8 +50,7 @@ def test_pictures_that_one_resolution_rejects_leave_the_others_where_they_are(tm
         "small wide": (50, 30),
         "tiny": (16, 16),  # too small for 32 px too
     }
-    # Not in turns of five: each part of four begins with another one.
-    names = [name for n in range(4) for name in (*sizes, "small square")[: 6 - n % 2]]
+    names = [*sizes] * 4  # in parts of four: each begins with another one
     items = [noise(f"{name} {n}", sizes[name]) for n, name in enumerate(names)]
     items.insert(6, Item("broken", None, fault=Rejected("truncated")))
     report = prepared(tmp_path, items, 32, 64, part_size=4)
