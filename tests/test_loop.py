@@ -3,7 +3,6 @@
 import json
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,9 +25,9 @@ class Still(loop.Trainer):
             "preview": {"every": 0},
         }
     )
-    meta = {}
 
     def __init__(self, workdir: str):
+        self.meta = {}
         self.checkpointer = Checkpointer(workdir, keep_latest=1, keep_every=10)
 
     def encode(self, host_batch, index):
