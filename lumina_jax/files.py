@@ -2,12 +2,13 @@
 
 import contextlib
 import io
+import json
 import os
 import pathlib
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import fsspec
 from etils import epath
@@ -51,6 +52,14 @@ def sizes(folder: epath.PathLike) -> dict[str, int]:
     except FileNotFoundError:  # a bucket has no empty folders
         return {}
     return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found}
+
+
+def is_json_with(path: epath.PathLike, keys: Collection[str]) -> bool:
+    """Whether a file is a JSON object with these keys; others have files of that name too."""
+    try:
+        return set(keys) <= set(json.loads(epath.Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def remove_asides(folder: epath.PathLike) -> None:

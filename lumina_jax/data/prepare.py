@@ -501,7 +501,8 @@ def _start(
             records.remove(target.directory)
         if begun:
             files.remove_folder(folder, last=MARKER)
-        if begun or alone or _is_report(output / REPORT):
+        ours = files.is_json_with(output / REPORT, ("read", "resolutions", "examples"))
+        if begun or alone or ours:
             (output / REPORT).unlink(missing_ok=True)
     elif path.exists():
         theirs = json.loads(path.read_text())
@@ -517,13 +518,6 @@ def _start(
     files.write(path, _to_json(mine))
     for target in job.targets:
         epath.Path(target.directory).mkdir(parents=True, exist_ok=True)
-
-
-def _is_report(path: epath.Path) -> bool:
-    try:
-        return {"read", "resolutions", "examples"} <= set(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _check_same(directory: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -508,21 +508,14 @@ def remove(directory: epath.PathLike) -> None:
     # The manifest goes first: a directory half removed must not look complete.
     ours = [*(name for name in (MANIFEST, *_TFDS_FILES) if name in names), *shards]
     begun = any((directory / UNFINISHED / marker).exists() for marker in MARKERS)
-    if names and not shards and not begun and not _is_manifest(directory / MANIFEST):
+    finished = files.is_json_with(directory / MANIFEST, ("format", "fingerprint", "splits"))
+    if names and not (shards or begun or finished):
         raise InputError(
             f"{directory} is not a dataset (it has no {MANIFEST} and no shards), so --overwrite "
             "does not touch it. Choose another directory."
         )
     for name in ours:
         (directory / name).unlink()
-
-
-def _is_manifest(path: epath.Path) -> bool:
-    """Whether a file is a manifest of any format; other programs have files of that name."""
-    try:
-        return {"format", "fingerprint", "splits"} <= set(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def finish(directory: epath.PathLike, manifest: Manifest) -> None:
