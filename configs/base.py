@@ -19,7 +19,11 @@ def get_config() -> ConfigDict:
     model.axes_dims = config_dict.placeholder(tuple)  # of a head: caption index, row, column
     model.patch_size = config_dict.placeholder(int)  # in latents
     model.dtype = "bfloat16"  # of the computation; parameters are float32 always
-    model.remat = "full"  # what the backward pass computes again: full, dots or none
+    # auto: flash on TPUs, cudnn on GPUs in bfloat16, xla elsewhere; or one of these, or splash.
+    model.attention = "auto"
+    # What the backward pass finds saved, from least to most: full, attention, offload, names, dots,
+    # none (lumina_jax/models/stack.py).
+    model.remat = "names"
 
     # How many devices along each axis; the product is their number. -1: what the others leave.
     config.mesh = mesh = ConfigDict()

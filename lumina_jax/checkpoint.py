@@ -218,8 +218,8 @@ def _target(abstract: Any, shardings: Any) -> Any:
 
 def check_same(what: str, saved: dict, needed: dict, where: epath.Path) -> None:
     """Refuses a checkpoint whose `what` differs, naming every difference."""
-    # Neither changes what the arrays mean.
-    ignored = ("dtype", "remat")
+    # None of them changes what the arrays mean.
+    ignored = ("attention", "dtype", "remat")
     differing = [
         f"{key}: {saved.get(key)!r} there, {needed.get(key)!r} in this run"
         for key in sorted(saved.keys() | needed.keys())

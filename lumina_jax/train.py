@@ -59,7 +59,7 @@ class Trainer:
         optim_config = optim.OptimConfig(**config.optim)
         self.optimizer = optim.make_optimizer(optim_config, config.train.num_steps)
         self.learning_rate = optim.learning_rate(optim_config, config.train.num_steps)
-        self.forward = next_dit.make_forward(self.model)
+        self.forward = next_dit.make_forward_many(self.model)
         params = next_dit.abstract_params(self.model)
         self.abstract_state = jax.eval_shape(lambda p: init_state(p, self.optimizer), params)
         self.shardings = sharding.tree_shardings(self.abstract_state, self.mesh)

@@ -45,7 +45,8 @@ def make_train_step(
     """Returns `step(state, batch, key) -> (state, metrics)`, ready for `jax.jit`.
 
     Args:
-      forward: forward(params, image, t, cap_feats, cap_mask) -> velocity of each token.
+      forward: forward(params, images, times, cap_feats, cap_mask) -> velocities, of several
+        pictures of each caption (`next_dit.make_forward_many`).
       optimizer: From lumina_jax.optim.
       time_distribution: Of the times trained at; see lumina_jax.flow.
       time_shift: Shift of those times.
@@ -58,19 +59,17 @@ def make_train_step(
     over the whole batch, so neither the mesh nor `num_microbatches` changes what is learned.
     """
 
-    def picture_loss(params, noised, t, cap_feats, cap_mask):
-        image, x_t, noise = noised
-        velocity = forward(params, image._replace(tokens=x_t), t, cap_feats, cap_mask)
-        return flow.loss(velocity, image.tokens, noise, image.mask)
-
     def loss_fn(params, microbatch):
-        conditions, main, auxiliary = microbatch
-        losses = picture_loss(params, *main, *conditions)
-        total, auxiliary_losses = jnp.mean(losses), None
-        if auxiliary is not None:
-            auxiliary_losses = picture_loss(params, *auxiliary, *conditions)
-            total = total + auxiliary_weight * jnp.mean(auxiliary_losses)
-        return total, (losses, auxiliary_losses)
+        conditions, noised, times = microbatch
+        points = tuple(image._replace(tokens=x_t) for image, x_t, _ in noised)
+        velocities = forward(params, points, times, *conditions)
+        losses = tuple(
+            flow.loss(velocity, image.tokens, noise, image.mask)
+            for velocity, (image, _, noise) in zip(velocities, noised, strict=True)
+        )
+        weights = (1.0, auxiliary_weight)[: len(losses)]
+        total = sum(w * jnp.mean(each) for w, each in zip(weights, losses, strict=True))
+        return total, losses
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
@@ -90,22 +89,22 @@ def make_train_step(
 
     def step(state, batch, key):
         main_key, auxiliary_key = jax.random.split(jax.random.fold_in(key, state.step))
-        main = corrupt(batch.image, main_key, time_distribution, time_shift)
-        auxiliary = None
+        pictures = [corrupt(batch.image, main_key, time_distribution, time_shift)]
         if auxiliary_weight:
-            auxiliary = corrupt(batch.pooled, auxiliary_key, time_distribution, auxiliary_shift)
+            pictures.append(
+                corrupt(batch.pooled, auxiliary_key, time_distribution, auxiliary_shift)
+            )
+        noised, times = zip(*pictures, strict=True)
 
         conditions = (batch.cap_feats, batch.cap_mask)
-        grads, (losses, auxiliary_losses) = gradient(state.params, (conditions, main, auxiliary))
+        grads, losses = gradient(state.params, (conditions, noised, times))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, state.step, ema_decay)
 
-        metrics = {"loss": jnp.mean(losses), "grad_norm": optax.tree.norm(grads)}
-        metrics |= time_bins("loss", losses, main[1])
-        if auxiliary is not None:
-            metrics["auxiliary_loss"] = jnp.mean(auxiliary_losses)
-            metrics |= time_bins("auxiliary_loss", auxiliary_losses, auxiliary[1])
+        metrics = {"grad_norm": optax.tree.norm(grads)}
+        for name, each, t in zip(("loss", "auxiliary_loss"), losses, times, strict=False):
+            metrics |= {name: jnp.mean(each)} | time_bins(name, each, t)
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step

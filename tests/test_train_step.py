@@ -20,10 +20,13 @@ from lumina_jax.types import Batch, ImageTokens
 KEY = jax.random.key(7)
 
 
-def forward(params, image, t, cap_feats, cap_mask):
+def forward(params, images, times, cap_feats, cap_mask):
     """A network of two numbers that listens to picture, time and caption."""
     caption = jnp.mean(cap_feats * cap_mask[..., None], axis=(1, 2))
-    return params["a"] * image.tokens + params["b"] * (t + caption)[:, None, None]
+    return tuple(
+        params["a"] * image.tokens + params["b"] * (t + caption)[:, None, None]
+        for image, t in zip(images, times, strict=True)
+    )
 
 
 def make_batch(num=8):
@@ -56,9 +59,8 @@ def test_a_step_is_the_gradient_of_the_loss_at_its_own_draws():
 
     def loss(params):
         x_t = (1 - t)[:, None, None] * noise + t[:, None, None] * batch.image.tokens
-        velocity = forward(
-            params, ImageTokens(x_t, *batch.image[1:]), t, batch.cap_feats, batch.cap_mask
-        )
+        image = ImageTokens(x_t, *batch.image[1:])
+        (velocity,) = forward(params, (image,), (t,), batch.cap_feats, batch.cap_mask)
         error = jnp.mean((velocity - (batch.image.tokens - noise)) ** 2, axis=-1)
         return jnp.mean(jnp.sum(error * batch.image.mask, 1) / batch.image.mask.sum(1))
 

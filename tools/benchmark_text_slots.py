@@ -45,7 +45,7 @@ def main() -> None:
     optimizer = optax.adamw(2e-4)
     step = jax.jit(
         make_train_step(
-            next_dit.make_forward(model),
+            next_dit.make_forward_many(model),
             optimizer,
             time_distribution="logit_normal",
             time_shift=flow.resolution_shift(_IMAGE_SIDE.value**2),

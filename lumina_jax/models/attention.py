@@ -1,16 +1,34 @@
 """Attention: the one door to every kernel, and the layer that calls it.
 
+    xla      jax.nn.dot_product_attention; anywhere, but it writes the scores [T, T] to memory
+    flash    our Pallas kernel for TPUs (flash.py): scores stay on the chip, forward and backward
+    splash   the Pallas kernel that comes with JAX, likewise
+    cudnn    flash attention of cuDNN, for GPUs, in bfloat16
+
 Axes: B batch, T tokens, D model width, H query heads, K key and value heads, d features of a head.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 from jaxtyping import Array, Float, Int
 
 from lumina_jax import sharding
-from lumina_jax.models import rope
+from lumina_jax.errors import InputError
+from lumina_jax.models import flash, rope
 from lumina_jax.models.layers import Projection, RMSNorm
+
+IMPLEMENTATIONS = ("auto", "xla", "flash", "splash", "cudnn")
+_GPU = ("gpu", "cuda")
+_LANES = 128  # of a TPU: splash wants blocks of tokens in multiples of it
 
 
 def attention(
@@ -18,16 +36,158 @@ def attention(
     k: Float[Array, "B K T d"],
     v: Float[Array, "B K T d"],
     segment_ids: Int[Array, "B T"],
+    implementation: str = "auto",
 ) -> Float[Array, "B H T d"]:
     """softmax(q k^T / sqrt(d)) v among the tokens of the same segment.
 
     Padding is a segment of its own (0), so that no softmax is empty. Key head j serves the query
     heads j * H / K to (j + 1) * H / K - 1.
+
+    Args:
+      q: Queries.
+      k: Keys.
+      v: Values.
+      segment_ids: 1 at tokens, 0 at padding.
+      implementation: Of IMPLEMENTATIONS; `auto` takes the best for the devices of the mesh.
     """
+    return _FUNCTIONS[choose(implementation, q.dtype, q.shape[-1])](q, k, v, segment_ids)
+
+
+def choose(implementation: str, dtype, head_dim: int) -> str:
+    """The implementation that runs; one that cannot run here is an InputError that says why."""
+    platform = _platform()
+    if implementation == "auto":
+        chosen = "xla"
+        if platform == "tpu":
+            chosen = "flash" if head_dim <= flash.MAX_HEAD_DIM else "splash"
+        elif platform in _GPU and dtype == jnp.bfloat16:
+            chosen = "cudnn"
+        logging.log_first_n(logging.INFO, "Attention on %s: %s.", 1, platform, chosen)
+        return chosen
+    on_tpu = platform != "tpu" and "it is a TPU kernel"
+    faults = {
+        "flash": on_tpu
+        or (
+            head_dim > flash.MAX_HEAD_DIM
+            and f"heads have {head_dim} features, and it takes at most {flash.MAX_HEAD_DIM}"
+        ),
+        "splash": on_tpu,
+        "cudnn": (platform not in _GPU and "it is a GPU kernel")
+        or (dtype != jnp.bfloat16 and f"it computes in bfloat16, not {dtype}"),
+    }
+    if fault := faults.get(implementation):
+        raise InputError(
+            f"model.attention={implementation!r} cannot run on {platform}: {fault}. Use auto."
+        )
+    return implementation
+
+
+def _platform() -> str:
+    """Of the devices that the program is compiled for, which need not be at hand."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _xla(q, k, v, segment_ids):
     mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     # jax.nn wants heads behind tokens; XLA folds these transposes into its matrix products.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, mask=mask), 1, 2)
+
+
+def _cudnn(q, k, v, segment_ids):
+    """Tokens go before padding: lengths are all the mask cuDNN takes without a [T, T] array."""
+    order = jnp.argsort(1 - segment_ids, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    lengths = jnp.sum(segment_ids, axis=1, dtype=jnp.int32)
+    q, k, v = (jnp.swapaxes(_permute(x, order, back), 1, 2) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
+        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return _permute(jnp.swapaxes(out, 1, 2), back, order)
+
+
+@jax.custom_vjp
+def _permute(x, order, back):
+    """Tokens of [B, H, T, d] in another order; the gradient is read in the order `back`."""
+    return jnp.take_along_axis(x, order[:, None, :, None], axis=2)
+
+
+_permute.defvjp(
+    lambda x, order, back: (_permute(x, order, back), (order, back)),
+    lambda orders, gradient: (_permute(gradient, orders[1], orders[0]), None, None),
+)
+
+
+def _sharded(call, q, k, v, segment_ids):
+    """Each device attends for its own part of the batch and of the heads."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return call(q, k, v, segment_ids)
+    heads = sharding.spec(("act_batch", "act_heads"))
+    tokens = sharding.spec(("act_batch",))
+    return jax.shard_map(
+        call, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False
+    )(q, k, v, segment_ids)
+
+
+def _splash_on_device(q, k, v, segment_ids, *, interpret=False):
+    num_heads, num_tokens, head_dim = q.shape[1:]
+    # A length that is not in lanes is filled up with tokens of a segment that is nobody's.
+    fill = -num_tokens % _LANES
+    if fill:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, fill), (0, 0))) for x in (q, k, v))
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, fill)), constant_values=-1)
+    kernel = _splash_kernel(num_heads, num_tokens + fill, interpret)
+    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
+
+    def one(q, k, v, ids):
+        return kernel(q, k, v, splash_attention_kernel.SegmentIds(q=ids, kv=ids))
+
+    return jax.vmap(one)(q, k, v, segment_ids)[:, :, :num_tokens]
+
+
+def _splash_kernel(num_heads: int, num_tokens: int, interpret: bool):
+    mask = splash_attention_mask.FullMask((num_tokens, num_tokens))
+    return splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * num_heads),
+        block_sizes=splash_blocks(num_tokens),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
+
+
+def splash_blocks(num_tokens: int) -> splash_attention_kernel.BlockSizes:
+    """Tile sizes for this many tokens, a multiple of 128.
+
+    Each must divide the length: otherwise the kernel leaves out the rest without a word.
+    """
+    block = _block(num_tokens, 1024)
+    return splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=_block(block, 512),
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=_block(block, 512),
+        use_fused_bwd_kernel=True,
+    )
+
+
+def _block(size: int, limit: int) -> int:
+    """The largest multiple of 128 that divides `size` and is not above `limit`."""
+    units = size // _LANES
+    return _LANES * max(n for n in range(1, limit // _LANES + 1) if units % n == 0)
+
+
+_FUNCTIONS = {
+    "xla": _xla,
+    "flash": functools.partial(_sharded, flash.flash_attention),
+    "splash": functools.partial(_sharded, _splash_on_device),
+    "cudnn": _cudnn,
+}
 
 
 class JointAttention(nnx.Module):
@@ -36,6 +196,7 @@ class JointAttention(nnx.Module):
     def __init__(self, cfg, *, rngs: nnx.Rngs):
         heads = (cfg.num_heads, cfg.head_dim)
         kv_heads = (cfg.num_kv_heads, cfg.head_dim)
+        self.implementation = cfg.attention
         # The reference initialises q, k and v as one matrix, hence one fan-out for the three.
         fused = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
         into = {"fans": (cfg.dim, fused), "dtype": cfg.dtype, "rngs": rngs}
@@ -55,4 +216,5 @@ class JointAttention(nnx.Module):
         k = rope.rotate(self.k_norm(self.k(x)), freqs)
         v = self.v(x)
         q, k, v = (sharding.constrain(y, ("act_batch", "act_heads", None, None)) for y in (q, k, v))
-        return self.out(attention(q, k, v, segment_ids))
+        heads = attention(q, k, v, segment_ids, self.implementation)
+        return checkpoint_name(self.out(heads), "attention_out")

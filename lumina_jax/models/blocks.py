@@ -12,6 +12,7 @@ feed-forward.
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lumina_jax import sharding
@@ -32,9 +33,11 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         # Tokens in one dim: over two, the gradient of a kernel costs a CPU twice the time.
         tokens = x.reshape(-1, x.shape[-1])
-        hidden = nnx.silu(self.gate(tokens)) * self.up(tokens)
+        gate = checkpoint_name(self.gate(tokens), "gate")
+        up = checkpoint_name(self.up(tokens), "up")
+        hidden = nnx.silu(gate) * up
         hidden = sharding.constrain(hidden, ("act_batch", "act_mlp"))
-        return self.down(hidden).reshape(x.shape)
+        return checkpoint_name(self.down(hidden).reshape(x.shape), "ffn_out")
 
 
 class TransformerBlock(nnx.Module):

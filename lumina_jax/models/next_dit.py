@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 from lumina_jax import sharding
 from lumina_jax.errors import InputError
 from lumina_jax.models import rope
+from lumina_jax.models.attention import IMPLEMENTATIONS
 from lumina_jax.models.blocks import FinalLayer, TransformerBlock
 from lumina_jax.models.embed import CaptionEmbedder, TimestepEmbedder
 from lumina_jax.models.stack import REMAT_POLICIES, scan_blocks, stack_blocks
@@ -44,7 +45,8 @@ class NextDiTConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     dtype: str = "bfloat16"
-    remat: str = "full"
+    attention: str = "auto"
+    remat: str = "names"
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dims", tuple(self.axes_dims))
@@ -69,6 +71,10 @@ class NextDiTConfig:
             )
         if len(self.axes_dims) != 3 or any(dim % 2 for dim in self.axes_dims):
             faults.append(f"axes_dims={self.axes_dims} must be three even numbers")
+        if self.attention not in IMPLEMENTATIONS:
+            faults.append(
+                f"attention={self.attention!r} is not one of {', '.join(IMPLEMENTATIONS)}"
+            )
         if self.remat not in REMAT_POLICIES:
             faults.append(f"remat={self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         if self.dtype not in ("float32", "bfloat16"):
@@ -154,35 +160,48 @@ class NextDiT(nnx.Module):
 
     def __call__(
         self,
-        image: ImageTokens,
-        t: Float[Array, " B"],
+        images: tuple[ImageTokens, ...],
+        times: tuple[Float[Array, " B"], ...],
         cap_feats: Float[Array, "B S F"],
         cap_mask: Bool[Array, "B S"],
-    ) -> Float[Array, "B N P"]:
-        """The velocity of each image token, float32; at padding it means nothing."""
+    ) -> tuple[Float[Array, "B N P"], ...]:
+        """The velocity of each token of each picture, float32; at padding it means nothing.
+
+        A caption may have several pictures, each with a time of its own: of high and of low
+        resolution in training. They do not see each other, but their caption is refined once, and
+        layer by layer they meet the same weights (`stack.scan_blocks`).
+        """
         cfg = self.cfg
-        positions = rope.position_ids(cap_mask, image.rows, image.columns)
-        cap_freqs, image_freqs = (
-            rope.frequencies(ids, cfg.axes_dims, cfg.rope_theta) for ids in positions
-        )
-        cap_segments, image_segments = cap_mask.astype(jnp.int32), image.mask.astype(jnp.int32)
-
-        cond = self.t_embedder(t)
-        x = self.cap_embedder(cap_feats)
         run = functools.partial(scan_blocks, remat=cfg.remat, dtype=cfg.dtype)
-        caption = run(self.context_refiner, x, cap_segments, cap_freqs)
-        x = self.x_embedder(image.tokens)
-        x = run(self.noise_refiner, x, image_segments, image_freqs, cond)
+        frequencies = functools.partial(
+            rope.frequencies, axes_dims=cfg.axes_dims, theta=cfg.rope_theta
+        )
+        positions = [rope.position_ids(cap_mask, image.rows, image.columns) for image in images]
+        cap_freqs = frequencies(positions[0][0])  # a caption's own positions know no picture
+        image_freqs = [frequencies(ids) for _, ids in positions]
+        cap_segments = cap_mask.astype(jnp.int32)
+        image_segments = [image.mask.astype(jnp.int32) for image in images]
 
-        def join(caption, image):
+        conds = [self.t_embedder(t) for t in times]
+        x = self.cap_embedder(cap_feats)
+        (caption,) = run(self.context_refiner, (x,), ((cap_segments, cap_freqs),))
+        xs = tuple(self.x_embedder(image.tokens) for image in images)
+        xs = run(
+            self.noise_refiner, xs, tuple(zip(image_segments, image_freqs, conds, strict=True))
+        )
+
+        def join(image, caption):
             return jnp.concatenate([caption, image], axis=1)
 
-        segments, freqs = (
-            join(cap_segments, image_segments),
-            jax.tree.map(join, cap_freqs, image_freqs),
+        args = tuple(
+            (join(segments, cap_segments), jax.tree.map(join, freqs, cap_freqs), cond)
+            for segments, freqs, cond in zip(image_segments, image_freqs, conds, strict=True)
         )
-        x = run(self.layers, join(caption, x), segments, freqs, cond)
-        return self.final_layer(x[:, caption.shape[1] :], cond).astype(jnp.float32)
+        xs = run(self.layers, tuple(join(x, caption) for x in xs), args)
+        return tuple(
+            self.final_layer(x[:, caption.shape[1] :], cond).astype(jnp.float32)
+            for x, cond in zip(xs, conds, strict=True)
+        )
 
 
 def init_params(cfg: NextDiTConfig, key: jax.Array) -> dict:
@@ -197,15 +216,26 @@ def abstract_params(cfg: NextDiTConfig) -> dict:
 
 def make_forward(cfg: NextDiTConfig):
     """Returns `forward(params, image, t, cap_feats, cap_mask) -> velocity`, a pure function."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: NextDiT(cfg, rngs=nnx.Rngs(0))))
+    forward_many = make_forward_many(cfg)
 
     def forward(params, image, t, cap_feats, cap_mask):
+        (velocity,) = forward_many(params, (image,), (t,), cap_feats, cap_mask)
+        return velocity
+
+    return forward
+
+
+def make_forward_many(cfg: NextDiTConfig):
+    """The same for several pictures of each caption: `image`, `t` and the result are tuples."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: NextDiT(cfg, rngs=nnx.Rngs(0))))
+
+    def forward_many(params, images, times, cap_feats, cap_mask):
         # The stacks gather one layer at a time as they go.
         outer = {name: tree for name, tree in params.items() if name not in STACKS}
         params = {**params, **sharding.gather(outer)}
-        return nnx.merge(graphdef, params)(image, t, cap_feats, cap_mask)
+        return nnx.merge(graphdef, params)(images, times, cap_feats, cap_mask)
 
-    return forward
+    return forward_many
 
 
 def forward_flops(cfg: NextDiTConfig, num_image_tokens: int, num_caption_tokens: int) -> int:

@@ -166,7 +166,7 @@ def test_recomputation_does_not_change_the_gradient(params):
         return jax.jit(jax.grad(loss))(params)
 
     expected = gradient(dataclasses.replace(TOY, remat="none"))
-    for remat in ("dots", "full"):
+    for remat in ("dots", "names", "attention", "full"):
         found = gradient(dataclasses.replace(TOY, remat=remat))
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, found
@@ -188,7 +188,7 @@ def test_bfloat16_stays_near_float32(params):
         ({"dim": 50}, "dim=50 is not a multiple of num_heads=4; the nearest that are: 48 and 52"),
         ({"axes_dims": (4, 4, 2)}, r"sum to 10, not to dim / num_heads = 12"),
         ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
-        ({"remat": "some"}, "remat='some' is not one of full, dots, none"),
+        ({"remat": "some"}, "remat='some' is not one of full, attention, offload, names, dots"),
         ({"dtype": "float16"}, "dtype='float16' is not one of"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
         ({"axes_dims": (3, 4, 5)}, "must be three even numbers"),

@@ -1,0 +1,163 @@
+"""Every kernel behind the door gives what plain attention gives, forward and backward."""
+
+import functools
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lumina_jax import sharding
+from lumina_jax.errors import InputError
+from lumina_jax.models import attention as door
+from lumina_jax.models import flash
+
+KERNELS = {
+    "flash": functools.partial(flash.flash_attention, interpret=True),
+    "splash": functools.partial(door._splash_on_device, interpret=True),
+}
+
+
+def inputs(num_tokens, *, batch=2, heads=6, kv_heads=2, head_dim=96, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(batch, n, num_tokens, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    q, k, v, weight = (
+        jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)
+    )
+    # A hole where captions end, padding at the end of one sample only.
+    place = jnp.arange(num_tokens)
+    ids = jnp.stack([(place < 20) | (place >= 50), (place >= 5) & (place < num_tokens - 70)])
+    return (q, k, v), weight, jnp.resize(ids, (batch, num_tokens)).astype(jnp.int32)
+
+
+def forward_and_gradients(attend, qkv, weight, ids):
+    def loss(*qkv):
+        out = attend(*qkv, ids)
+        return jnp.sum(out * weight), out
+
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
+    return out, *gradients
+
+
+def assert_close(found, expected, tolerance):
+    for name, a, b in zip(("out", "dq", "dk", "dv")[-len(found) :], found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert np.abs(a - b).max() < tolerance * np.abs(b).max(), name
+
+
+@pytest.mark.parametrize("num_tokens", [256, 300])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_equals_plain_attention(name, num_tokens):
+    qkv, weight, ids = inputs(num_tokens)
+    expected = forward_and_gradients(door._xla, qkv, weight, ids)
+    assert_close(forward_and_gradients(KERNELS[name], qkv, weight, ids), expected, 3e-6)
+
+
+def test_flash_goes_through_keys_in_several_parts():
+    qkv, weight, ids = inputs(1280, batch=1, heads=1, kv_heads=1)
+    assert len(flash._blocks(1280)[1]) > 1
+    expected = forward_and_gradients(door._xla, qkv, weight, ids)
+    assert_close(forward_and_gradients(KERNELS["flash"], qkv, weight, ids), expected, 3e-6)
+
+
+def test_flash_in_bfloat16_is_as_exact_as_plain_attention_in_bfloat16():
+    qkv, weight, ids = inputs(256, dtype=jnp.bfloat16)
+    exact = [x.astype(jnp.float32) for x in qkv]
+    expected = forward_and_gradients(door._xla, exact, weight.astype(jnp.float32), ids)
+
+    def error(attend):
+        found = forward_and_gradients(attend, qkv, weight, ids)
+        return [float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True)]
+
+    ours, plain = error(KERNELS["flash"]), error(door._xla)
+    assert all(a < 2 * b for a, b in zip(ours, plain, strict=True)), (ours, plain)
+
+
+def test_keys_without_any_real_token_give_no_nan():
+    qkv, weight, ids = inputs(128, batch=1)
+    found = forward_and_gradients(KERNELS["flash"], qkv, weight, jnp.zeros_like(ids))
+    assert all(bool(jnp.isfinite(x).all()) for x in found)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_on_a_mesh_each_device_attends_for_its_own_part(name):
+    qkv, weight, ids = inputs(128, batch=4, heads=4, kv_heads=2)
+    expected = forward_and_gradients(door._xla, qkv, weight, ids)
+    with jax.set_mesh(sharding.make_mesh(replica=2, data=2, model=2)):
+        attend = functools.partial(door._sharded, KERNELS[name])
+        found = forward_and_gradients(attend, qkv, weight, ids)
+    assert_close(jax.device_get(found), jax.device_get(expected), 3e-6)
+
+
+def test_tokens_before_padding_is_only_another_order():
+    """What cudnn is given: the same attention with lengths in the place of a mask."""
+    qkv, weight, ids = inputs(128)
+    order = jnp.argsort(1 - ids, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    lengths = ids.sum(axis=1)
+    prefix = (jnp.arange(128)[None] < lengths[:, None]).astype(jnp.int32)
+
+    def sorted_first(q, k, v, ids):
+        q, k, v = (door._permute(x, order, back) for x in (q, k, v))
+        return door._permute(door._xla(q, k, v, prefix), back, order)
+
+    weight = weight * ids[:, None, :, None]  # what padding attends to is another matter
+    found = forward_and_gradients(sorted_first, qkv, weight, ids)
+    expected = forward_and_gradients(door._xla, qkv, weight, ids)
+    assert_close(found[1:], expected[1:], 1e-5)
+    real = np.broadcast_to(ids[:, None, :, None], found[0].shape) == 1
+    np.testing.assert_allclose(found[0][real], expected[0][real], atol=1e-5)
+
+
+def test_auto_is_plain_attention_on_a_processor():
+    assert door.choose("auto", jnp.bfloat16, 96) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flash", "cannot run on cpu: it is a TPU kernel. Use auto"),
+        ("splash", "cannot run on cpu: it is a TPU kernel. Use auto"),
+        ("cudnn", "cannot run on cpu: it is a GPU kernel. Use auto"),
+    ],
+)
+def test_a_kernel_of_another_machine_is_refused(name, message):
+    qkv, _, ids = inputs(128)
+    with pytest.raises(InputError, match=message):
+        door.attention(*qkv, ids, name)
+
+
+@pytest.mark.parametrize("num_tokens", [128, 512, 4096, 4352, 4992])
+def test_blocks_of_splash_divide_what_they_cut(num_tokens):
+    blocks = door.splash_blocks(num_tokens)
+    assert num_tokens % blocks.block_q == num_tokens % blocks.block_kv == 0
+    assert blocks.block_kv % blocks.block_kv_compute == 0
+    assert blocks.block_kv_dkv % blocks.block_kv_dkv_compute == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("model", [1, 2])
+@pytest.mark.parametrize("name", ["auto", "splash"])
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5:2x2x2"])
+def test_the_released_heads_compile_for_tpus(topology, name, model, tpu_devices):
+    """24 query and 8 key heads of 96, over data and model axes, forward and backward."""
+    devices = tpu_devices(topology)
+    mesh = sharding.make_mesh(replica=1, data=-1, model=model, devices=devices)
+    of = functools.partial(sharding.named, mesh)
+    heads, tokens = of(("act_batch", "act_heads")), of(("act_batch",))
+    shapes = [
+        jax.ShapeDtypeStruct((16, n, 640, 96), jnp.bfloat16, sharding=heads) for n in (24, 8, 8)
+    ]
+    ids = jax.ShapeDtypeStruct((16, 640), jnp.int32, sharding=tokens)
+
+    def loss(q, k, v, ids):
+        return jnp.sum(door.attention(q, k, v, ids, name).astype(jnp.float32) ** 2)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, ids).compile().as_text()
+    kernels = re.findall(r'custom_call_target="tpu_custom_call"', text)
+    assert len(kernels) == 2  # forward and backward
+    assert ("flash_backward" if name == "auto" else "splash") in text
+    assert not re.search(r"\[(\d+,)*640,640\]", text)  # no scores in memory
