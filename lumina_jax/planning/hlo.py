@@ -231,6 +231,7 @@ class _Computation:
 
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")
 _INSTRUCTION = re.compile(r"^ +(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b(" + "|".join(sorted(BITS, key=len, reverse=True)) + r")\[([\d,<=]*)\]")
 
@@ -257,9 +258,9 @@ class _Module:
 
     def _computation(self, name: str, lines: Iterator[str]) -> _Computation:
         # The metadata of a Pallas kernel goes over several lines, with braces of its own: only a
-        # line that is nothing but a brace ends a computation.
+        # brace alone ends a computation, or one with the thread that runs it.
         whole: list[str] = []
-        for line in itertools.takewhile(lambda line: line != "}", lines):
+        for line in itertools.takewhile(lambda line: not _END.match(line), lines):
             if _INSTRUCTION.match(line):
                 whole.append(line)
             elif whole:
@@ -373,7 +374,7 @@ class _Walk:
                 for branch in _branches(instruction):
                     self.run(self.enter(frame, instruction, branch))
                 continue
-            if opcode == "call":
+            if instruction.base == "call":
                 self.run(self.enter(frame, instruction, instruction.called))
                 continue
 
@@ -393,7 +394,7 @@ class _Walk:
         for instruction in frame.computation.instructions.values():
             self.note_dot(frame, instruction)
             self.note_collective(frame, instruction, within=outermost)
-            if instruction.opcode in ("fusion", "call", "async-start"):
+            if instruction.opcode in ("fusion", "call", "call-start", "async-start"):
                 self.fused(self.enter(frame, instruction, instruction.called), outermost)
 
     def enter(self, frame: _Frame, call: _Instruction, name: str, times: int = 1) -> _Frame:

@@ -326,6 +326,23 @@ def test_a_kernel_is_read_past_the_lines_and_braces_of_its_metadata():
     assert program.cycles_by == {"copies": 7}
 
 
+def test_work_on_another_thread_of_the_device_counts():
+    there = computation("there", X, W, "ROOT " + DOT).replace(
+        "\n}\n", '\n}, execution_thread="sparsecore"\n'
+    )
+    program = hlo.analyze(
+        HEADER
+        + there
+        + entry(
+            X,
+            "%s = ((bf16[4,8]{1,0}), bf16[4,8]{1,0}, u32[]) call-start(%x), "
+            'async_execution_thread="sparsecore", to_apply=%there',
+            "ROOT %d = bf16[4,8]{1,0} call-done(%s)",
+        )
+    )
+    assert program.cycles == 100
+
+
 def test_both_branches_of_a_conditional_count():
     branch = "%{0} = bf16[4,8]{{1,0}} parameter(0)"
     program = hlo.analyze(
