@@ -9,9 +9,8 @@ instruction, which is the same in the program's text.
 A kernel over a grid is one loop in three stages: iteration i fetches the blocks of step i, computes
 step i - 1 and writes step i - 2 back. So n steps take n + 2 iterations, of which the first and last
 skip most of the code. A `pl.when(condition)` is a branch over a region. Most conditions follow from
-the indices of the grid (the first step of a row initialises, the last writes out): the scalar
-instructions behind a branch are evaluated, for all iterations at once, and a region counts exactly
-as often as it runs.
+the indices of the grid (the first step of a row initialises, the last writes out), so the scalar
+instructions behind each branch are run, and a region counts exactly as often as it is entered.
 
 Not included: waiting for DMA, so a kernel that is bound by memory takes longer; conflicts that only
 show when it runs; its start. What depends on data cannot be told: such a region is taken to run
@@ -21,9 +20,11 @@ always, which is right for a mask that hides nothing, and a loop of such a lengt
 
 import dataclasses
 import math
+import operator
 import pathlib
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def dump_flags(folder: str | pathlib.Path) -> str:
     """What LIBTPU_INIT_ARGS must hold. A compilation that a cache answers writes nothing."""
     return (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-        f"--xla_jf_dump_llo_pass_label_regex=final.*"
+        f"--xla_jf_dump_llo_pass_label_regex=^final_bundles$"
     )
 
 
@@ -92,47 +93,52 @@ def parse(name: str, text: str) -> Bundles:
 _ADDRESS = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2})?:")
 _BRANCH = re.compile(r"sbr\.rel(?: \((!?)%(p\w+)\))? target = \$region(\d+)")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
-_SLOT = re.compile(r"%([sp]\d+_[sp]\d+) = ([\w.]+) ?([^;]*)")
-_SPILL = re.compile(r"sst \[smem:\[#(\w+_spill)\]\] %(s\w+)")
-_INDEX = re.compile(r"iteration index, stage = (\d+)(?: iter bound = (\d+))?")
+_SCALAR = re.compile(r"%([sp]\d+_[sp]\d+) = ([\w.]+) ?(?:\((!?)%(\w+)(?:, ([^)]*))?\), )?([^;]*)")
+_STORE = re.compile(r"sst \[smem:\[#(\w+_spill)\]\] %(s\w+)")
+_SPILL = re.compile(r"\[smem:\[#(\w+_spill)\]\]")
 
-_COMPARE = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-    "ge": np.greater_equal,
+_OPERATIONS = {
+    "sadd": operator.add, "ssub": operator.sub, "smul": operator.mul, "sand": operator.and_,
+    "sor": operator.or_, "sxor": operator.xor, "sshll": operator.lshift, "sshra": operator.rshift,
+    "sshrl": lambda a, b: (a & 0xFFFFFFFF) >> b,
+    "smulhi": lambda a, b: (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF) >> 32,
+    "smov": lambda a: a, "scalar_select": lambda which, a, b: a if which else b,
+    "scmp.eq": operator.eq, "scmp.ne": operator.ne, "scmp.lt": operator.lt, "scmp.le": operator.le,
+    "scmp.gt": operator.gt, "scmp.ge": operator.ge,
+    "pmov": bool, "pneg": operator.not_, "pand": lambda a, b: a and b, "por": lambda a, b: a or b,
+    "pnand": lambda a, b: not (a and b), "pnor": lambda a, b: not (a or b),
 }  # fmt: skip
-_ARITHMETIC = {
-    "sadd": np.add, "ssub": np.subtract, "smul": np.multiply, "sand": np.bitwise_and,
-    "sor": np.bitwise_or, "sxor": np.bitwise_xor, "sshll": np.left_shift, "sshra": np.right_shift,
-    "smin": np.minimum, "smax": np.maximum,
-}  # fmt: skip
+
+
+class _Scalar(NamedTuple):
+    """An instruction that sets a scalar or a predicate."""
+
+    address: int
+    opcode: str
+    operands: tuple[int | str, ...]  # numbers, and names of scalars
+    guard: tuple[bool, str, int | str] | None  # where it is false the value is another one
+    spill: str  # the slot that it loads
 
 
 class _Code:
-    """The bundles of a kernel, run once with every iteration of its grid side by side."""
+    """The bundles of a kernel, and what its scalar instructions give in each iteration."""
 
     def __init__(self, text: str):
-        self.definitions: dict[
-            str, tuple[int, str, str, str]
-        ] = {}  # address, opcode, operands, comment
-        self.spills: dict[
-            str, list[tuple[int, str]]
-        ] = {}  # slot -> address and value of each store
+        self.scalars: dict[str, _Scalar] = {}
+        self.stores: dict[str, list[tuple[int, str]]] = {}  # slot -> address and value of each
         self.skips: dict[int, tuple[str, str, int]] = {}  # address -> "!" or "", predicate, target
-        self.loops: dict[
-            int, tuple[int, str]
-        ] = {}  # first bundle -> address of the branch, predicate
+        self.loops: dict[int, tuple[int, str]] = {}  # first bundle -> branch back, its predicate
         self.unknown: set[int] = set()  # addresses of their branches
-        self.values: dict[str, np.ndarray | None] = {}
+        self.values: dict[tuple[str, int], int | None] = {}
         self.length = 0
         self._read(text)
 
         bounds = re.search(r"iteration_bounds: \(([\d, ]+)\)", text)
         self.grid = tuple(int(size) for size in bounds[1].split(",")) if bounds else ()
-        start, close, turns = self._grid_loop()
-        self.iterations = np.arange(turns)
+        self.start, self.end, turns = self._grid_loop()
         alive = np.ones(turns, bool)
-        self.cycles = self._run(start, close, alive)  # of each iteration
-        once = self._run(0, start, alive[:1]) + self._run(close, self.length, alive[:1])
+        self.cycles = self._run(self.start, self.end, alive)  # of each iteration
+        once = self._run(0, self.start, alive[:1]) + self._run(self.end, self.length, alive[:1])
         self.total = int(self.cycles.sum() + once.sum())
         # Before and behind the steps are the iterations that fill and empty the pipeline.
         first = (turns - math.prod(self.grid)) // 2
@@ -157,20 +163,17 @@ class _Code:
                     self.skips[address] = negated, predicate, targets[region]
                 else:
                     self.loops[targets[region]] = address, predicate
-            for slot in bundle.split(";;"):
-                if match := _SLOT.search(slot):
-                    comment = " ".join(re.findall(r"/\*(.*?)\*/", slot))
-                    operands = re.sub(r"/\*.*?(\*/|$)", "", match[3]).strip(" }")
-                    self.definitions[match[1]] = (address, match[2], operands, comment)
-                if match := _SPILL.search(slot):
-                    self.spills.setdefault(match[1], []).append((address, match[2]))
+            for slot in re.sub(r"/\*.*?\*/", "", bundle).split(";;"):
+                if match := _SCALAR.search(slot):
+                    self.scalars[match[1]] = _scalar(address, match)
+                if match := _STORE.search(slot):
+                    self.stores.setdefault(match[1], []).append((address, match[2]))
 
     def _grid_loop(self) -> tuple[int, int, int]:
         """Begin and end of the loop over the grid, and its iterations; of all the code without."""
-        if not self.grid:
-            return 0, self.length, 1
-        outermost = max(self.loops.items(), key=lambda loop: loop[1][0] - loop[0], default=None)
-        if outermost is None:  # one step
+        loops = self.loops.items() if self.grid else ()
+        outermost = max(loops, key=lambda loop: loop[1][0] - loop[0], default=None)
+        if outermost is None:
             return 0, self.length, 1
         start, (branch, predicate) = outermost
         turns = self._turns(predicate)
@@ -183,9 +186,10 @@ class _Code:
 
     def _turns(self, predicate: str) -> int | None:
         """How often a loop turns that counts from zero by one and ends at a constant."""
-        _, opcode, operands, _ = self.definitions.get(predicate, (0, "", "", ""))
-        limit = re.search(r", (\d+)$", operands)
-        return int(limit[1]) if opcode.startswith("scmp.ge") and limit else None
+        match self.scalars.get(predicate):
+            case _Scalar(opcode="scmp.ge", operands=(_, int(end))):
+                return end
+        return None
 
     def _run(self, start: int, end: int, alive: np.ndarray) -> np.ndarray:
         """Cycles of the bundles from start to end in each iteration that is alive.
@@ -207,111 +211,93 @@ class _Code:
                 inside = min(at + 1 + DELAY_SLOTS, end)
                 cycles += alive * (inside - at)
                 target = max(min(self.skips[at][2], end), inside)
-                cycles += self._run(inside, target, alive & self._stays(at)[: len(alive)])
+                cycles += self._run(inside, target, alive & self._enters(at, len(alive)))
                 at = target
             else:
                 cycles += alive
                 at += 1
         return cycles
 
-    def _stays(self, address: int) -> np.ndarray:
-        """In which iterations a branch forward is not taken."""
+    def _enters(self, address: int, iterations: int) -> np.ndarray:
+        """In which iterations a branch forward is not taken, so that what it skips runs."""
         negated, predicate, _ = self.skips[address]
         if not predicate:
-            return np.zeros(len(self.iterations), bool)
-        taken = self._value(predicate)
-        if taken is None:
+            return np.zeros(iterations, bool)
+        values = [self._value(predicate, i) for i in range(iterations)]
+        if None in values:
             self.unknown.add(address)
-            return np.ones(len(self.iterations), bool)
-        taken = np.broadcast_to(taken, self.iterations.shape).astype(bool)
-        return taken if negated else ~taken
+        return np.array([value is None or bool(value) == bool(negated) for value in values])
 
-    def _value(self, name: str) -> np.ndarray | None:
-        """A scalar in every iteration; None where it comes from data or from outside the grid."""
-        if name not in self.values:
-            self.values[name] = None  # what depends on itself is not known
-            self.values[name] = self._compute(name)
-        return self.values[name]
+    def _value(self, name: int | str, i: int) -> int | None:
+        """A scalar in iteration i of the grid; None where it comes from data."""
+        if isinstance(name, int):
+            return name
+        if (name, i) not in self.values:
+            self.values[name, i] = None  # until it is known
+            self.values[name, i] = self._compute(name, i)
+        return self.values[name, i]
 
-    def _compute(self, name: str) -> np.ndarray | None:
-        address, opcode, operands, comment = self.definitions.get(name, (0, "", "", ""))
-        if self.grid and (index := _INDEX.search(comment)):
-            return self._index(int(index[1]), index[2])
-        if opcode == "sld":
-            spill = re.match(r"\[smem:\[#(\w+_spill)\]\]", operands)
-            return self._reload(spill[1], address) if spill else None
-
-        guard = re.match(r"\((!?)%(\w+)(?:, (%?\w+))?\), ", operands)
-        parts = operands[guard.end() if guard else 0 :].split(", ")
-        values = [self._operand(part) for part in parts]
-        if guard and guard[3] is not None:  # keeps another value where the guard is false
-            guarded, old = self._value(guard[2]), self._operand(guard[3])
-            new = _apply(opcode, values)
-            if guarded is None or old is None or new is None:
+    def _compute(self, name: str, i: int) -> int | None:
+        scalar = self.scalars.get(name)
+        if scalar is None:
+            return None
+        if scalar.opcode == "sphi":  # carried from one iteration to the next
+            if scalar.address != self.start or len(scalar.operands) != 2:
                 return None
-            return np.where(guarded.astype(bool) ^ bool(guard[1]), new, old)
-        return _apply(opcode, values)
+            first, later = scalar.operands
+            return self._value(later, i - 1) if i else self._value(first, 0)
+        if scalar.spill:
+            return self._reload(scalar, i)
+        values = [self._value(operand, i) for operand in scalar.operands]
+        new = _apply(scalar.opcode, values)
+        if scalar.guard is None:
+            return new
+        negated, predicate, other = scalar.guard
+        guard = self._value(predicate, i)
+        return None if guard is None else new if guard != negated else self._value(other, i)
 
-    def _reload(self, slot: str, address: int) -> np.ndarray | None:
-        """What was stored last in a slot, unless that was in the iteration before."""
-        stores = self.spills.get(slot, [])
-        before = [store for store in stores if store[0] < address]
-        start, close, _ = self._grid_loop()
-        if not before or (
-            before[-1][0] < start and any(start <= store[0] < close for store in stores)
-        ):
+    def _reload(self, scalar: _Scalar, i: int) -> int | None:
+        """What was stored last in the slot: in this iteration, the one before, or ahead of all."""
+        stores = self.stores.get(scalar.spill, [])
+        ahead = [value for address, value in stores if address < self.start]
+        inside = [(address, value) for address, value in stores if self.start <= address < self.end]
+        now = [value for address, value in inside if address < scalar.address]
+        if now:
+            return self._value(now[-1], i)
+        if inside and i:
+            return self._value(inside[-1][1], i - 1)
+        return self._value(ahead[-1], 0) if ahead else None
+
+
+def _scalar(address: int, match: re.Match) -> _Scalar:
+    _, opcode, negated, predicate, other, operands = match.groups()
+    opcode = ".".join(opcode.split(".")[: 2 if opcode.startswith("scmp") else 1])
+    spill = _SPILL.match(operands) if opcode == "sld" else None
+    return _Scalar(
+        address=address,
+        opcode=opcode,
+        operands=tuple(_operand(part) for part in operands.split(",")),
+        guard=(bool(negated), predicate, _operand(other)) if other else None,
+        spill=spill[1] if spill else "",
+    )
+
+
+def _operand(text: str) -> int | str:
+    text = text.strip(" }%")
+    return _signed(int(text)) if re.fullmatch(r"-?\d+", text) else text
+
+
+def _apply(opcode: str, values: list[int | None]) -> int | None:
+    if None in values:
+        # One side may settle it alone.
+        decides = {"pand": 0, "pnand": 0, "por": 1, "pnor": 1}.get(opcode)
+        if decides is None or decides not in values:
             return None
-        return self._value(before[-1][1])
-
-    def _operand(self, text: str) -> np.ndarray | None:
-        text = text.strip()
-        if text.startswith("%"):
-            return self._value(text[1:])
-        return _signed(np.int64(text)) if re.fullmatch(r"-?\d+", text) else None
-
-    def _index(self, stage: int, dim: str | None) -> np.ndarray:
-        """The step of the grid that a stage of the pipeline is at, or its index along one dim."""
-        step = self.iterations - stage
-        if dim is None:
-            return step
-        inner = math.prod(self.grid[int(dim) + 1 :])
-        return step // inner % self.grid[int(dim)]
+        return int(opcode in ("por", "pnand"))
+    operation = _OPERATIONS.get(opcode)
+    return None if operation is None else _signed(int(operation(*values)))
 
 
-def _apply(opcode: str, values: list[np.ndarray | None]) -> np.ndarray | None:
-    base = opcode.split(".")[0]
-    if base in ("pand", "pnand", "por", "pnor"):
-        # One operand may settle it: nothing in the grid is first if it is not first of the row.
-        settles = base in ("por", "pnor")
-        known = [value.astype(bool) for value in values if value is not None]
-        if not known:
-            return None
-        result = np.logical_or.reduce(known) if settles else np.logical_and.reduce(known)
-        if len(known) < len(values) and not np.all(result == settles):
-            return None
-        return ~result if base in ("pnand", "pnor") else result
-    if any(value is None for value in values):
-        return None
-    if base == "scmp":
-        return _COMPARE[opcode.split(".")[1]](*values)
-    if base in _ARITHMETIC:
-        return _signed(_ARITHMETIC[base](*values))
-    match base:
-        case "smov":
-            return values[0]
-        case "pneg":
-            return ~values[0].astype(bool)
-        case "pmov":
-            return values[0].astype(bool)
-        case "sshrl":
-            return _signed((values[0] & 0xFFFFFFFF) >> values[1])
-        case "smulhi":
-            return _signed(((values[0] & 0xFFFFFFFF) * (values[1] & 0xFFFFFFFF)) >> 32)
-        case "scalar_select":
-            return np.where(values[0].astype(bool), values[1], values[2])
-    return None
-
-
-def _signed(value: np.ndarray) -> np.ndarray:
+def _signed(value: int) -> int:
     """As 32 bits hold it."""
     return (value + 2**31) % 2**32 - 2**31
