@@ -395,3 +395,64 @@ def test_the_largest_arrays_come_first_and_each_once():
         ("f32[4,8]", 128),
         ("pred[3]", 3),
     ]
+
+
+def analyze(compiled, name: str) -> hlo.Program:
+    return hlo.analyze((compiled / f"{name}.hlo").read_text())
+
+
+def kinds(program: hlo.Program) -> dict[str, float]:
+    wire = {}
+    for collective in program.collectives:
+        wire[collective.kind] = wire.get(collective.kind, 0.0) + collective.wire_bytes
+    return wire
+
+
+def test_the_operations_of_a_compiled_product_are_exact(compiled):
+    program = analyze(compiled, "matmul")
+    assert program.dot_flops == 2 * 256 * 1024 * 512
+    assert program.cycles > 0
+    assert not program.collectives
+
+
+def test_recomputation_is_a_third_more_than_the_three_products_of_a_layer(compiled):
+    program = analyze(compiled, "rematerialised")
+    assert program.dot_flops * 3 == 4 * (7 * 3 * 2 * 256 * 512 * 512)
+
+
+def test_fsdp_gathers_twice_and_scatters_once(compiled):
+    program = analyze(compiled, "fsdp")
+    weights = 7 * 2048 * 2048 * 2
+    assert program.dot_flops == 7 * 3 * 2 * 1024 * 2048 * 2048
+    assert kinds(program) == {
+        "all-gather": 2 * weights * 7 / 8,
+        "reduce-scatter": weights * 7 / 8,
+    }
+    assert all(collective.executions == 7 for collective in program.collectives)
+    assert {collective.groups for collective in program.collectives} == {(tuple(range(8)),)}
+
+
+def test_products_in_loops_of_permutes_are_counted_once(compiled):
+    """The loop over shards steps by two, so its last number is not how often it turns."""
+    program = analyze(compiled, "windowed")
+    assert set(kinds(program)) == {"collective-permute"}
+    assert program.dot_flops == 7 * 3 * 2 * 1024 * 2048 * 2048
+
+
+def test_a_kernel_in_a_scan_runs_once_a_layer(compiled):
+    program = analyze(compiled, "splash")
+    executions = [(kernel.function, kernel.executions) for kernel in program.kernels]
+    assert sorted(executions) == [
+        ("splash_mha_dkv_no_residuals", 3),
+        ("splash_mha_fwd_residuals", 3),
+        ("splash_mha_fwd_residuals", 3),  # again for the gradient
+    ]
+    for kernel in program.kernels:
+        assert hlo.ArrayType("bf16", (4, 512, 128)) in kernel.operands
+        assert "block_" in kernel.metadata
+
+
+def test_no_array_of_attention_scores_is_made(compiled):
+    shapes = [buffer.array.shape for buffer in analyze(compiled, "splash").largest]
+    assert shapes
+    assert not any(shape[-2:] == (512, 512) for shape in shapes)
