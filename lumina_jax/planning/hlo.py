@@ -13,6 +13,8 @@ The text of libtpu, where it is not what one would guess:
   * Shards that do not fill a tile are "gathered" by an all-reduce of mostly zeros, made with
     dynamic-update-slice: a fake gather, of twice the bytes.
   * A small gather or reduce-scatter beside a product becomes a loop of collective-permutes.
+  * What leaves a slice is a send to the host and a receive from it, for "megascale"; the groups of
+    all other collectives are those of one slice.
   * A loop may start at one, or step by two: the first turn was peeled off, or two are one.
   * Cycles are the compiler's estimate for one core. They hold no collective, no wait for memory and
     no Pallas kernel (see bundles.py): good for comparing two programs, not as a promise.
@@ -83,6 +85,7 @@ class Collective:
 
     `arrays` are whole: results of a gather, operands of anything else. Devices are numbered as in
     the mesh, so the numbers of a slice are contiguous if the mesh was made from devices in order.
+    In a program for several slices an exchange within a slice shows the numbers of the first.
     """
 
     kind: str  # one of COLLECTIVES
@@ -202,7 +205,7 @@ class _Instruction(NamedTuple):
     operands: tuple[str, ...]
     rest: str  # the operands' text and all attributes
 
-    def find(self, pattern: str) -> str:
+    def find(self, pattern: str | re.Pattern) -> str:
         """The first group of the pattern in the attributes, or nothing."""
         match = re.search(pattern, self.rest)
         return match[1] if match else ""
@@ -383,6 +386,8 @@ class _Walk:
             self.note_host(frame, instruction)
             if opcode == "custom-call" and "tpu_custom_call" in instruction.rest:
                 self.note_kernel(frame, instruction)
+            elif opcode == "send" and "megascale" in instruction.rest:
+                self.note_transfer(frame, instruction)
             elif opcode in ("fusion", "async-start"):
                 self.fused(self.enter(frame, instruction, instruction.called), instruction)
             else:
@@ -518,6 +523,29 @@ class _Walk:
             or instruction.opcode.endswith("-start")
             or (within is not None and within.opcode == "async-start"),
             fake_gather=kind == "all-reduce" and any(map(self.updates, operands)),
+        )
+
+    def note_transfer(self, frame: _Frame, send: _Instruction) -> None:
+        """A collective between slices, over the network of the hosts."""
+        of = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
+        [receive] = (
+            other
+            for other in frame.computation.instructions.values()
+            if other.opcode == "recv" and other.find(of) == send.find(of)
+        )
+        kind = send.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+        kind = "collective-permute" if kind == "one-to-one" else kind
+        if kind not in COLLECTIVES:
+            raise ValueError(f"%{send.name} is an unknown transfer between slices: {kind}.")
+        self.collectives[frame.path, send.name] = Collective(
+            kind=kind,
+            name=send.name,
+            op_name=send.op_name,
+            arrays=_arrays(_elements((receive if kind == "all-gather" else send).type)[0]),
+            groups=_groups_of_slices(send, self.module.num_devices),
+            executions=frame.executions,
+            asynchronous=True,
+            fake_gather=False,
         )
 
     @functools.cache  # noqa: B019
@@ -759,6 +787,27 @@ def _groups(instruction: _Instruction, num_devices: int) -> tuple[tuple[int, ...
     raise ValueError(
         f"The devices of %{instruction.name} are written in an unknown form: "
         f"{instruction.find(r'(replica_groups=.{0,80})') or instruction.rest[:120]}"
+    )
+
+
+def _groups_of_slices(send: _Instruction, devices_per_slice: int) -> tuple[tuple[int, ...], ...]:
+    """Device d of slice s, both from zero, has the number (s + 1) * 100000 + d in these forms."""
+    product = re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{(\d+):(\d+)\}"', send.rest)
+    if product:
+        slices = [int(number) * 100_000 for number in product[1].split(",")]
+        devices = range(int(product[2]), int(product[3]) + 1)
+        groups = [[first + device for first in slices] for device in devices]
+    else:
+        listed = send.find(r'_xla_megascale_target="?\{((?:\{[\d,>-]+\},?)+)\}').replace("->", ",")
+        groups = _rows(listed)
+    if not groups:
+        raise ValueError(
+            f"The slices of %{send.name} are written in an unknown form: "
+            f"{send.find(r'(_xla_megascale_target=.{0,80})')}"
+        )
+    return tuple(
+        tuple((n // 100_000 - 1) * devices_per_slice + n % 100_000 for n in group)
+        for group in groups
     )
 
 

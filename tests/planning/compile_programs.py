@@ -1,4 +1,4 @@
-"""Compiles small programs for a v5e slice of 2 x 4, without a TPU: their text and kernels' bundles.
+"""Compiles small programs for v5e slices of 2 x 4, without a TPU: their text and kernels' bundles.
 
     python tests/planning/compile_programs.py folder
 
@@ -85,6 +85,21 @@ class Programs:
         weights = self.array((LAYERS, 2048, 2048), jnp.bfloat16, None, "data")
         return step, (weights, self.array((DEVICES * 1024, 2048), jnp.bfloat16, "data"))
 
+    def slices(self):
+        """3 layers of 512 x 1024 by 1024 x 1024 on two slices, each with all of the weights."""
+        split = NamedSharding(self.mesh, P(None, "data"))
+
+        def loss(weights, x):
+            y, _ = jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, weights)
+            return jnp.mean(y.astype(jnp.float32) ** 2)
+
+        def step(weights, x):
+            return jax.lax.with_sharding_constraint(jax.grad(loss)(weights, x), split)
+
+        weights = self.array((3, 1024, 1024), jnp.bfloat16, None, "data")
+        axes = ("replica", "data")
+        return step, (weights, self.array((2 * DEVICES * 512, 1024), jnp.bfloat16, axes))
+
     def splash(self):
         """3 layers of attention over 512 tokens, 4 heads on 2, computed again for the gradient."""
         sizes = splash_attention_kernel.BlockSizes(
@@ -166,13 +181,17 @@ class Programs:
 
 
 def main(folder: pathlib.Path) -> None:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    programs = Programs(Mesh(np.array(topology.devices), ("data",)))
+    def devices(**options):
+        return topologies.get_topology_desc("v5e:2x4", platform="tpu", **options).devices
+
+    programs = Programs(Mesh(np.array(devices()), ("data",)))
+    two = np.array(devices(num_slices=2)).reshape(2, DEVICES)
     for name, method, options in (
         ("matmul", programs.matmul, None),
         ("rematerialised", programs.rematerialised, None),
         ("windowed", programs.fsdp, None),
         ("fsdp", programs.fsdp, GATHER_WHOLE),
+        ("slices", Programs(Mesh(two, ("replica", "data"))).slices, GATHER_WHOLE),
         ("splash", programs.splash, None),
         ("kernels", programs.kernels, None),
     ):

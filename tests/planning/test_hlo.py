@@ -275,6 +275,51 @@ def test_the_repeats_of_an_asynchronous_gather_are_one():
     assert found.wire_bytes == 64 * 32 * 2 * 7 / 8
 
 
+@pytest.mark.parametrize(
+    ("transfer", "target", "kind", "wire", "groups"),
+    [
+        ("ALL_REDUCE", '"{1,2}x{0:7}"', "all-reduce", 2 * 64 / 2, 8),
+        ("ALL_GATHER", '"{1,2}x{0:7}"', "all-gather", 128 / 2, 8),
+        ("ALL_TO_ALL", "{{100000,200000},{100001,200001}}", "all-to-all", 64 / 2, 2),
+        ("ONE_TO_ONE", "{{100000->200000},{200000->100000}}", "collective-permute", 64, 2),
+    ],
+)
+def test_transfers_between_slices_are_collectives(transfer, target, kind, wire, groups):
+    def attributes(channel):
+        return (
+            f"channel_id={channel}, is_host_transfer=true, frontend_attributes="
+            '{_xla_host_transfer_handler_name="xla_megascale_runtime",'
+            f'_xla_host_transfer_rendezvous="r_0",_xla_megascale_target={target},'
+            f'_xla_megascale_transfer_type="{transfer}"}}'
+        )
+
+    got = "f32[32]{0}" if transfer == "ALL_GATHER" else "f32[16]{0}"
+    [found] = collectives(
+        "%x = f32[16]{0} parameter(0)",
+        f"%s = (f32[16]{{0}}, u32[], token[]) send(%x, %t), {attributes(2)}",
+        f"ROOT %r = ({got}, u32[], token[]) recv(%t), {attributes(1)}",
+    )
+    assert (found.kind, found.wire_bytes, len(found.groups)) == (kind, wire, groups)
+    assert found.groups[0] == (0, 8)
+    assert found.crosses(8)
+    assert found.asynchronous
+
+
+def test_a_transfer_in_another_form_is_an_error():
+    def program(target, transfer):
+        words = f'_xla_megascale_target={target},_xla_megascale_transfer_type="{transfer}"'
+        return (
+            "%x = f32[16]{0} parameter(0)",
+            f"%s = (f32[16]{{0}}, u32[], token[]) send(%x, %t), {words}",
+            f"ROOT %r = (f32[16]{{0}}, u32[], token[]) recv(%t), {words}",
+        )
+
+    with pytest.raises(ValueError, match=r"%s is an unknown transfer between slices: gossip"):
+        collectives(*program('"{1,2}x{0:7}"', "GOSSIP"))
+    with pytest.raises(ValueError, match=r"slices of %s are written in an unknown form: .*all"):
+        collectives(*program('"all"', "ALL_REDUCE"))
+
+
 def test_other_collectives_that_share_a_channel_are_several():
     pairs = "channel_id=1, source_target_pairs={{0,1},{1,2}}"
     found = collectives(
@@ -430,6 +475,19 @@ def test_fsdp_gathers_twice_and_scatters_once(compiled):
     }
     assert all(collective.executions == 7 for collective in program.collectives)
     assert {collective.groups for collective in program.collectives} == {(tuple(range(8)),)}
+
+
+def test_gradients_alone_travel_between_slices(compiled):
+    program = analyze(compiled, "slices")
+    weights = 3 * 1024 * 1024 * 2
+    far = [collective for collective in program.collectives if collective.crosses(8)]
+    near = [collective for collective in program.collectives if not collective.crosses(8)]
+    assert {collective.kind for collective in far} == {"all-reduce"}
+    # Each device has an eighth of the sum, and the two slices exchange it.
+    assert sum(collective.wire_bytes for collective in far) == 2 * (weights / 8) * 1 / 2
+    assert {collective.kind for collective in near} == {"all-gather", "reduce-scatter"}
+    assert sum(collective.wire_bytes for collective in near) == 3 * weights * 7 / 8
+    assert program.dot_flops == 3 * 3 * 2 * 512 * 1024 * 1024
 
 
 def test_products_in_loops_of_permutes_are_counted_once(compiled):
