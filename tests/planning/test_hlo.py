@@ -18,7 +18,10 @@ def computation(name: str, *lines: str) -> str:
     )
 
 
-def loop(name: str, work: str, *, end: int, step: int = 1) -> str:
+LESS = "compare(%i, %end), direction=LT"
+
+
+def loop(name: str, work: str, *, end: int, step: int = 1, condition: str = LESS) -> str:
     """A body that does `work` and counts in element 0, and its condition."""
     return computation(
         f"{name}_body",
@@ -34,7 +37,7 @@ def loop(name: str, work: str, *, end: int, step: int = 1) -> str:
         "%p = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)}) parameter(0)",
         "%i = s32[]{:T(128)} get-tuple-element(%p), index=0",
         f"%end = s32[]{{:T(128)}} constant({end})",
-        "ROOT %less = pred[]{:T(512)} compare(%i, %end), direction=LT",
+        f"ROOT %less = pred[]{{:T(512)}} {condition}",
     )
 
 
@@ -92,6 +95,27 @@ def test_a_peeled_loop_turns_once_less():
 def test_a_loop_that_steps_by_two_turns_half_as_often():
     text = HEADER + loop("a", f"{W}\n  {DOT}", end=7, step=2) + entry(X, ZERO, *run_loop("a"), END)
     assert hlo.analyze(text).cycles == 400  # at 0, 2, 4 and 6
+
+
+@pytest.mark.parametrize(
+    ("condition", "start", "step", "turns"),
+    [
+        ("compare(%i, %end), direction=LE", 0, 1, 8),
+        ("compare(%i, %end), direction=NE", 0, 1, 7),
+        ("compare(%end, %i), direction=GT", 0, 1, 7),
+        ("compare(%end, %i), direction=GE", 0, 1, 8),
+        ("compare(%i, %end), direction=GT", 12, -1, 5),
+        ("compare(%i, %end), direction=GE", 12, -2, 3),  # at 12, 10 and 8
+        ("compare(%i, %end), direction=LT", 9, 1, 0),
+    ],
+)
+def test_loops_may_count_in_any_direction(condition, start, step, turns):
+    text = (
+        HEADER
+        + loop("a", f"{W}\n  {DOT}", end=7, step=step, condition=condition)
+        + entry(X, f"%first = s32[] constant({start})", *run_loop("a", "%first"), END)
+    )
+    assert hlo.analyze(text).cycles == 100 * turns
 
 
 def test_a_trip_count_that_the_compiler_knows_is_taken():
