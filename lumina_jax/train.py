@@ -9,15 +9,29 @@ Run again with the same --workdir, it goes on from the newest checkpoint.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 from absl import flags, logging
 from clu import parameter_overview
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from lumina_jax import checkpoint, cli, distributed, files, flow, loop, metrics, optim, sharding
+from lumina_jax import (
+    checkpoint,
+    cli,
+    compiler,
+    distributed,
+    files,
+    flow,
+    loop,
+    metrics,
+    optim,
+    sharding,
+)
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import CaptionPolicy
 from lumina_jax.data.loader import Dataset, Loader
@@ -56,14 +70,8 @@ class Trainer:
         self.loader = make_loader(config, self.text_encoder, self.autoencoder)
         self.num_slots = self._check_shapes()
 
-        optim_config = optim.OptimConfig(**config.optim)
-        self.optimizer = optim.make_optimizer(optim_config, config.train.num_steps)
-        self.learning_rate = optim.learning_rate(optim_config, config.train.num_steps)
-        self.forward = next_dit.make_forward_many(self.model)
-        params = next_dit.abstract_params(self.model)
-        self.abstract_state = jax.eval_shape(lambda p: init_state(p, self.optimizer), params)
-        self.shardings = sharding.tree_shardings(self.abstract_state, self.mesh)
-        self.step = self._make_step(optim_config)
+        self.program = step_program(config, self.model, self.mesh, self.num_slots)
+        self.step, self.learning_rate = self.program.step, self.program.learning_rate
         self.pipeline = self._make_pipeline()
         self.encode = Encoder(
             self.text_encoder,
@@ -108,16 +116,8 @@ class Trainer:
 
     def _check_shapes(self) -> int:
         """The image slots of a sequence; refuses batches and buckets that do not fit."""
-        config, mesh = self.config, self.mesh
-        shards, micro = sharding.batch_shards(mesh), config.train.num_microbatches
-        if micro < 1 or config.train.batch_size % (shards * micro):
-            unit = shards * max(micro, 1)
-            low = max(config.train.batch_size // unit, 1) * unit
-            raise InputError(
-                f"train.batch_size={config.train.batch_size} does not split over "
-                f"{shards} part(s) of the mesh and num_microbatches={micro}; it must be a multiple "
-                f"of {unit}; nearest: {low} and {low + unit}."
-            )
+        config = self.config
+        check_batch_size(config, self.mesh)
         downscale, patch_size = self.autoencoder.downscale, self.model.patch_size
         slots = num_tokens(config.data.resolution, downscale * patch_size)
         pooled = bool(config.flow.auxiliary_weight)
@@ -129,27 +129,6 @@ class Trainer:
                 )
         return slots
 
-    def _make_step(self, optim_config):
-        config, main = self.config.flow, self.config.flow.time_shift
-        if main is None:
-            main = flow.resolution_shift(self.num_slots)
-        shifts = {"main": main, "own": flow.resolution_shift(self.num_slots // 16)}
-        if config.auxiliary_shift not in shifts:
-            raise InputError(f"flow.auxiliary_shift={config.auxiliary_shift!r} is not main or own.")
-        flow.check_distribution(config.time_distribution)
-        step = make_train_step(
-            self.forward,
-            self.optimizer,
-            time_distribution=config.time_distribution,
-            time_shift=main,
-            auxiliary_weight=config.auxiliary_weight,
-            auxiliary_shift=shifts[config.auxiliary_shift],
-            num_microbatches=self.config.train.num_microbatches,
-            ema_decay=optim_config.ema_decay,
-        )
-        replicated = sharding.named(self.mesh, ())
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
-
     def _make_pipeline(self):
         # Encoders of its own: the loader's threads count what they cut in the other.
         parts = from_sections(self.config.to_dict())
@@ -160,19 +139,20 @@ class Trainer:
 
         This run's newest checkpoint, else the weights of `train.init_from`, else a fresh model.
         """
+        abstract, shardings = self.program.abstract_state, self.program.shardings
         if (step := self.checkpointer.latest_step()) is not None:
             logging.info("Going on from step %d in %s.", step, self.checkpointer.directory)
-            return self.checkpointer.restore(self.abstract_state, self.shardings, self.meta)
-        make_state = functools.partial(init_state, optimizer=self.optimizer)
+            return self.checkpointer.restore(abstract, shardings, self.meta)
+        make_state = functools.partial(init_state, optimizer=self.program.optimizer)
         if source := self.config.train.init_from:
-            params = self._init_from(source, self.abstract_state.params, self.shardings.params)
-            return jax.jit(make_state, out_shardings=self.shardings)(params), 0
+            params = self._init_from(source, abstract.params, shardings.params)
+            return jax.jit(make_state, out_shardings=shardings)(params), 0
 
         def make(key):
             return make_state(next_dit.init_params(self.model, key))
 
         # Drawn where it lies: no device, and no host, ever holds all of it.
-        return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.config.seed)), 0
+        return jax.jit(make, out_shardings=shardings)(jax.random.key(self.config.seed)), 0
 
     def _init_from(self, source: str, abstract, shardings):
         """The weights of another run, or those that others publish."""
@@ -211,12 +191,95 @@ class Trainer:
 
     def flops(self, host_batch: dict) -> float:
         """The operations of a step with this batch, forward and backward, on all devices."""
-        image_slots = [self.num_slots]
-        if self.config.flow.auxiliary_weight:
-            image_slots.append(self.num_slots // 16)
-        text_slots = host_batch["token_mask"].shape[1]
-        forward = sum(next_dit.forward_flops(self.model, num, text_slots) for num in image_slots)
-        return 3.0 * forward * self.config.train.batch_size
+        return step_flops(
+            self.config, self.model, self.num_slots, host_batch["token_mask"].shape[1]
+        )
+
+
+class StepProgram(NamedTuple):
+    """The step of a run on a mesh, not compiled yet, and the state that it takes.
+
+    Attributes:
+      step: step(state, batch, key) -> (state, metrics), jitted.
+      optimizer: Its own.
+      learning_rate: Of a step.
+      abstract_state: Shapes and types of the state.
+      shardings: Where its arrays go.
+    """
+
+    step: Callable
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    abstract_state: TrainState
+    shardings: TrainState
+
+
+def step_program(
+    config: ConfigDict, model: next_dit.NextDiTConfig, mesh: jax.sharding.Mesh, num_slots: int
+) -> StepProgram:
+    """Builds the step that a config names; no data, weights or devices are needed.
+
+    Args:
+      config: Of the run.
+      model: Sizes of the network, see `model_config`.
+      mesh: Of the devices to run on, or to compile for.
+      num_slots: Image slots of a sequence.
+    """
+    optim_config = optim.OptimConfig(**config.optim)
+    optimizer = optim.make_optimizer(optim_config, config.train.num_steps)
+    params = next_dit.abstract_params(model)
+    abstract_state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    shardings = sharding.tree_shardings(abstract_state, mesh)
+    main_shift = config.flow.time_shift
+    if main_shift is None:
+        main_shift = flow.resolution_shift(num_slots)
+    shifts = {"main": main_shift, "own": flow.resolution_shift(num_slots // 16)}
+    if config.flow.auxiliary_shift not in shifts:
+        raise InputError(
+            f"flow.auxiliary_shift={config.flow.auxiliary_shift!r} is not main or own."
+        )
+    flow.check_distribution(config.flow.time_distribution)
+    step = make_train_step(
+        next_dit.make_forward_many(model),
+        optimizer,
+        time_distribution=config.flow.time_distribution,
+        time_shift=main_shift,
+        auxiliary_weight=config.flow.auxiliary_weight,
+        auxiliary_shift=shifts[config.flow.auxiliary_shift],
+        num_microbatches=config.train.num_microbatches,
+        ema_decay=optim_config.ema_decay,
+    )
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.named(mesh, ())),
+        compiler_options=compiler.options(mesh),
+    )
+    learning_rate = optim.learning_rate(optim_config, config.train.num_steps)
+    return StepProgram(jitted, optimizer, learning_rate, abstract_state, shardings)
+
+
+def step_flops(
+    config: ConfigDict, model: next_dit.NextDiTConfig, num_slots: int, text_slots: int
+) -> float:
+    """The operations of a step, forward and backward, on all devices; no recomputation."""
+    image_slots = [num_slots]
+    if config.flow.auxiliary_weight:
+        image_slots.append(num_slots // 16)
+    return 3.0 * next_dit.forward_flops(model, image_slots, text_slots) * config.train.batch_size
+
+
+def check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a batch that does not split over the mesh and the microbatches."""
+    shards, micro = sharding.batch_shards(mesh), config.train.num_microbatches
+    if micro < 1 or config.train.batch_size % (shards * micro):
+        unit = shards * max(micro, 1)
+        low = max(config.train.batch_size // unit, 1) * unit
+        raise InputError(
+            f"train.batch_size={config.train.batch_size} does not split over "
+            f"{shards} part(s) of the mesh and num_microbatches={micro}; it must be a multiple "
+            f"of {unit}; nearest: {low} and {low + unit}."
+        )
 
 
 def bucket_fault(

@@ -104,12 +104,27 @@ class VAE:
         self.downscale, self.channels = self.cfg.downscale, self.cfg.latent_channels
         self._sample = sample
 
-    def load_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+    @classmethod
+    def of_released_sizes(cls, *, dtype: str, sample: bool):
+        """One without files, whose programs can be compiled: it cannot read weights."""
+        autoencoder = cls.__new__(cls)
+        autoencoder.cfg = vae.VAEConfig.preset("flux", dtype=dtype)
+        autoencoder.downscale = autoencoder.cfg.downscale
+        autoencoder.channels = autoencoder.cfg.latent_channels
+        autoencoder._sample = sample
+        return autoencoder
+
+    def abstract_params(self) -> PyTree:
+        """Shapes and types of the weights."""
+
         def held(path, x):  # norms and biases stay float32: they are few, and read as such
             kernel = path[-1].key == "kernel"
             return jax.ShapeDtypeStruct(x.shape, self.cfg.dtype if kernel else x.dtype)
 
-        abstract = jax.tree_util.tree_map_with_path(held, vae.abstract_params(self.cfg))
+        return jax.tree_util.tree_map_with_path(held, vae.abstract_params(self.cfg))
+
+    def load_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+        abstract = self.abstract_params()
         shardings = sharding.tree_shardings(abstract, mesh, sharding.VAE_RULES)
         with self._open_weights() as weights:
             return convert.load(weights, names.tensors(self.cfg), abstract, shardings)

@@ -34,6 +34,10 @@ class Encoder:
       num_slots: Image slots of a sequence.
       pooled: Whether to make the pooled pictures of the auxiliary loss too.
       seed: Of latents that are drawn (`autoencoder.sample`); batch k always draws the same.
+
+    Attributes:
+      encode_text: encode_text(params, ids, mask) -> cap_feats, jitted.
+      encode_images: encode_images(params, images, key, index) -> (image, pooled), likewise.
     """
 
     def __init__(
@@ -67,9 +71,9 @@ class Encoder:
             # float32 also where the encoder computes in less: a cache must not make a difference.
             return text_encoder.encode(params, ids, mask).astype(jnp.float32)
 
-        self._encode_text = jit(encode_text)
+        self.encode_text = jit(encode_text)
         self._widen_text = jit(lambda cap_feats: cap_feats.astype(jnp.float32))
-        self._encode_images = jit(encode_images)
+        self.encode_images = jit(encode_images)
         self._cut_latents = jit(cut)
 
     def __call__(self, host_batch: dict, index: int) -> Batch:
@@ -78,12 +82,12 @@ class Encoder:
             cap_feats = self._widen_text(self._put(host_batch["cap_feats"]))
         else:
             ids = self._put(host_batch["token_ids"])
-            cap_feats = self._encode_text(self._text_params(), ids, mask)
+            cap_feats = self.encode_text(self._text_params(), ids, mask)
         if "latents" in host_batch:
             image, pooled = self._cut_latents(self._put(host_batch["latents"]))
         else:
             images = self._put(host_batch["images"])
-            image, pooled = self._encode_images(self._image_params(), images, self._key, index)
+            image, pooled = self.encode_images(self._image_params(), images, self._key, index)
         return Batch(image, pooled, cap_feats, mask)
 
     def _put(self, rows):

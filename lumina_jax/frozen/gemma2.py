@@ -71,27 +71,41 @@ class Gemma2TextEncoder:
             )
         self.folders = _find_folders(path)
         changes = {} if soft_cap else {"attn_logit_softcapping": None}
-        self._cfg = _read_config(self.folders.text_encoder, dtype=dtype, **changes)
-        self._tokenizer, self._pad_id = _load_tokenizer(self.folders.tokenizer, self._cfg)
-        self.feature_dim = self._cfg.hidden_size
+        self.cfg = _read_config(self.folders.text_encoder, dtype=dtype, **changes)
+        self._tokenizer, self._pad_id = _load_tokenizer(self.folders.tokenizer, self.cfg)
+        self.feature_dim = self.cfg.hidden_size
         self.max_tokens = max_tokens
         self.num_truncated = 0
 
+    @classmethod
+    def of_released_sizes(cls, *, max_tokens: int, dtype: str, soft_cap: bool):
+        """One without files, whose programs can be compiled: it cannot tokenize or read weights."""
+        encoder = cls.__new__(cls)
+        changes = {} if soft_cap else {"attn_logit_softcapping": None}
+        encoder.cfg = gemma2.Gemma2Config(dtype=dtype, **changes)
+        encoder.feature_dim, encoder.max_tokens = encoder.cfg.hidden_size, max_tokens
+        encoder.num_truncated = 0
+        return encoder
+
+    def abstract_params(self) -> PyTree:
+        """Shapes and types of the weights."""
+        return gemma2.abstract_params(self.cfg)
+
     def load_params(self, mesh: jax.sharding.Mesh) -> PyTree:
-        abstract = gemma2.abstract_params(self._cfg)
+        abstract = self.abstract_params()
         shardings = sharding.tree_shardings(abstract, mesh, sharding.GEMMA2_RULES)
         with files.open_weights(self.folders.text_encoder) as weights:
             prefix = names.find_prefix(weights.shapes)
             return convert.load(
                 weights,
-                names.tensors(self._cfg, prefix),
+                names.tensors(self.cfg, prefix),
                 abstract,
                 shardings,
-                ignored=functools.partial(names.is_ignored, cfg=self._cfg, prefix=prefix),
+                ignored=functools.partial(names.is_ignored, cfg=self.cfg, prefix=prefix),
             )
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self._cfg)).encode())
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.cfg)).encode())
         for name in _TOKENIZER_FILES:
             if (file := self.folders.tokenizer / name).exists():
                 digest.update(f"{name} {file.stat().st_size} ".encode() + file.read_bytes())
@@ -119,7 +133,7 @@ class Gemma2TextEncoder:
     def encode(
         self, params: PyTree, token_ids: Int32[Array, "B S"], token_mask: Bool[Array, "B S"]
     ) -> Float[Array, "B S F"]:
-        return gemma2.make_encode(self._cfg)(params, token_ids, token_mask)
+        return gemma2.make_encode(self.cfg)(params, token_ids, token_mask)
 
 
 def _find_folders(path: str) -> Folders:

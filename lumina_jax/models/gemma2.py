@@ -303,3 +303,11 @@ def make_encode(cfg: Gemma2Config):
             return nnx.merge(graphdef, params)(token_ids, token_mask)
 
     return encode
+
+
+def forward_flops(cfg: Gemma2Config, num_tokens: int) -> int:
+    """Floating-point operations of a caption of so many slots (a multiply-add is two)."""
+    heads = 2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads
+    per_token = cfg.hidden_size * (heads * cfg.head_dim + 3 * cfg.intermediate_size)
+    scores = 2 * num_tokens * cfg.num_attention_heads * cfg.head_dim
+    return 2 * (cfg.num_hidden_layers - 1) * num_tokens * (per_token + scores)

@@ -238,24 +238,36 @@ def make_forward_many(cfg: NextDiTConfig):
     return forward_many
 
 
-def forward_flops(cfg: NextDiTConfig, num_image_tokens: int, num_caption_tokens: int) -> int:
-    """Floating-point operations of one picture's forward pass (a multiply-add is two).
+def forward_flops(
+    cfg: NextDiTConfig, num_image_tokens: int | Sequence[int], num_caption_tokens: int
+) -> int:
+    """Floating-point operations of a forward pass for one caption (a multiply-add is two).
 
     Counts the matrix products that the model asks for: no recomputation, no padding of kernels.
     A training step asks for three times as many.
+
+    Args:
+      cfg: Sizes.
+      num_image_tokens: Of its picture; or of each of its pictures, whose caption is refined once.
+      num_caption_tokens: Of the caption.
     """
+    if isinstance(num_image_tokens, int):
+        num_image_tokens = [num_image_tokens]
     kv_dim = cfg.num_kv_heads * cfg.head_dim
     per_token = 2 * (2 * cfg.dim * cfg.dim + 2 * cfg.dim * kv_dim + 3 * cfg.dim * cfg.hidden_dim)
 
     def block(tokens):
         return tokens * per_token + 4 * tokens * tokens * cfg.dim
 
-    modulated = cfg.num_layers + cfg.num_refiner_layers
-    return (
-        cfg.num_layers * block(num_image_tokens + num_caption_tokens)
-        + cfg.num_refiner_layers * (block(num_image_tokens) + block(num_caption_tokens))
-        + 2 * num_image_tokens * cfg.patch_dim * cfg.dim * 2
-        + 2 * num_caption_tokens * cfg.cap_feat_dim * cfg.dim
-        + 2 * cfg.cond_dim * cfg.dim * (4 * modulated + 1)
-        + 2 * cfg.cond_dim * (2 * TimestepEmbedder.num_frequencies + cfg.cond_dim)
-    )
+    def picture(tokens):
+        return (
+            cfg.num_layers * block(tokens + num_caption_tokens)
+            + cfg.num_refiner_layers * block(tokens)
+            + 2 * tokens * cfg.patch_dim * cfg.dim * 2
+            + 2 * cfg.cond_dim * cfg.dim * (4 * (cfg.num_layers + cfg.num_refiner_layers) + 1)
+            + 2 * cfg.cond_dim * (2 * TimestepEmbedder.num_frequencies + cfg.cond_dim)
+        )
+
+    caption = cfg.num_refiner_layers * block(num_caption_tokens)
+    caption += 2 * num_caption_tokens * cfg.cap_feat_dim * cfg.dim
+    return caption + sum(map(picture, num_image_tokens))

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from lumina_jax import checkpoint, sharding, system_prompts
+from lumina_jax import checkpoint, compiler, sharding, system_prompts
 from lumina_jax.errors import InputError
 from lumina_jax.frozen.autoencoder import VAE, Autoencoder, make_autoencoder
 from lumina_jax.frozen.gemma2 import Gemma2TextEncoder
@@ -39,6 +39,7 @@ class Pipeline:
       defaults: Sampling settings that a call does not name.
       size: (height, width) of a picture, in pixels, when a call does not name it.
       system_prompt: Name of the text in front of a prompt, see lumina_jax.system_prompts.
+      draw: The jitted program of a call: captions, loop and decoder.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class Pipeline:
                     f"This {what} gives {given} numbers where the model takes {needed}: they do "
                     f"not belong together."
                 )
-        self._draw = jax.jit(
+        self.draw = jax.jit(
             functools.partial(
                 _draw, make_forward(model), text_encoder, autoencoder, model.patch_size
             ),
             static_argnames=("program", "num"),
             out_shardings=replicated,
+            compiler_options=compiler.options(mesh),
         )
 
     @classmethod
@@ -257,7 +259,7 @@ class Pipeline:
         latents = jnp.concatenate([latents, jnp.repeat(latents[-1:], fill, axis=0)])
         inputs = jax.device_put((latents, *tokens), sharding.named(self.mesh, ("act_batch",)))
         with jax.set_mesh(self.mesh):
-            images = self._draw(
+            images = self.draw(
                 self.params, self.text_params, self.autoencoder_params, *inputs, config.numbers(),
                 program=config.program(), num=num,
             )  # fmt: skip
