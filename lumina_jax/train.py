@@ -37,6 +37,7 @@ from lumina_jax.weights.next_dit import open_transformer
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+    distributed.define_flags()
 
 
 class Trainer:
@@ -354,7 +355,7 @@ def _check_numbers(config: ConfigDict) -> None:
 
 
 def main() -> None:
-    distributed.initialize()
+    distributed.from_flags()
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
