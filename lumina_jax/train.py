@@ -17,7 +17,18 @@ from clu import parameter_overview
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from lumina_jax import checkpoint, cli, distributed, files, flow, loop, metrics, optim, sharding
+from lumina_jax import (
+    checkpoint,
+    cli,
+    distributed,
+    executables,
+    files,
+    flow,
+    loop,
+    metrics,
+    optim,
+    sharding,
+)
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import CaptionPolicy
 from lumina_jax.data.loader import Dataset, Loader
@@ -77,6 +88,7 @@ class Trainer:
             num_slots=self.num_slots,
             pooled=bool(config.flow.auxiliary_weight),
             seed=config.seed,
+            settings=lambda: self.meta,
         )
 
         self.checkpointer = checkpoint.Checkpointer(
@@ -149,7 +161,13 @@ class Trainer:
             ema_decay=optim_config.ema_decay,
         )
         replicated = sharding.named(self.mesh, ())
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
+        return executables.Program(
+            step,
+            name="train_step",
+            settings=lambda: self.meta,
+            donate_argnums=0,
+            out_shardings=(self.shardings, replicated),
+        )
 
     def _make_pipeline(self):
         # Encoders of its own: the loader's threads count what they cut in the other.
@@ -356,6 +374,9 @@ def _check_numbers(config: ConfigDict) -> None:
 
 def main() -> None:
     distributed.from_flags()
+    executables.use_cache(
+        flags.FLAGS.config.compile.cache_directory, default=f"{flags.FLAGS.workdir}/compiled"
+    )
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
