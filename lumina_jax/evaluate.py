@@ -152,6 +152,7 @@ def main() -> None:
         batch_size=args.batch_size,
         seed=args.seed,
     )
+    logging.info("%s", executables.summary())
 
 
 if __name__ == "__main__":

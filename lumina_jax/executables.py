@@ -53,6 +53,8 @@ def use_cache(directory: str, *, default: str | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", directory)
     # The many small programs of the buckets too: each is quick, all of them are minutes.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # Traces are read by the version that wrote them, so they need not be written for older ones.
+    jax.config.update("jax_export_ignore_forward_compatibility", True)
     if "://" in (jax.config.jax_compilation_cache_dir or ""):
         # XLA's own cache, of tuned GPU kernels, is for local folders.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

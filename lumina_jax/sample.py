@@ -130,6 +130,7 @@ def main() -> None:
     sheet = folder / "contact_sheet.png"
     save_contact_sheet(sheet, [np.asarray(image) for image in images], prompts, columns=6)
     logging.info("%d pictures in %s; all of them on %s", len(images), folder, sheet)
+    logging.info("%s", executables.summary())
 
 
 if __name__ == "__main__":
