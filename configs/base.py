@@ -96,6 +96,10 @@ def get_config() -> ConfigDict:
     train.init_from = ""  # workdir of the stage before, or published weights
     train.init_weights = "ema"  # of a workdir; or params
 
+    # Where compiled programs are kept for the next start, a local folder or a bucket that all
+    # processes see. Empty: where JAX_COMPILATION_CACHE_DIR says, else <workdir>/compiled.
+    config.compile = ConfigDict({"cache_directory": ""})
+
     # Pictures drawn while training, and what a checkpoint of this run samples with by default.
     config.preview = ConfigDict({"every": 1000, "prompts": ("",), "seed": 0})  # every 0: never
     config.sampling = sampling = ConfigDict()

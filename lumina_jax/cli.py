@@ -47,7 +47,7 @@ def run(
             _check_config()
             return main(*words)
         except InputError as error:
-            _fail(str(error), one_line=False)
+            _fail(str(error), one_line=False, status=error.status)
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             sys.exit(130)
@@ -76,7 +76,7 @@ def _check_config() -> None:
             raise InputError(f"--config: {' '.join(str(error).split())}") from None
 
 
-def _fail(message: str, one_line: bool = True) -> None:
+def _fail(message: str, one_line: bool = True, status: int = InputError.status) -> None:
     # Messages of other libraries are broken anywhere; ours where a list begins.
     print("error:", " ".join(message.split()) if one_line else message, file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)

@@ -1,39 +1,61 @@
-"""Joining the processes of one run."""
+"""Joining the processes of one run.
+
+Where this process stands among the others comes from flags or variables, or from what JAX knows of
+clusters: Open MPI, SLURM, TPUs on GKE and on Cloud TPU VMs, Kubernetes jobs. Before JAX joins them
+the roll is called.
+"""
 
 import importlib.util
 import os
+import re
 
 import jax
-from absl import logging
+from absl import flags, logging
 
-from lumina_jax.errors import InputError
+from lumina_jax.errors import InputError, JoinError
+from lumina_jax.roll_call import Place, call_the_roll
 
-_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_VARIABLES = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
 
 
-def initialize() -> None:
-    """Starts `jax.distributed` where this process may be one of several.
+def define_flags() -> None:
+    """Flags of a command that several processes may run together."""
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0, to join several.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+    flags.DEFINE_float("join_timeout", 300.0, "Seconds to wait for all processes.", lower_bound=0)
 
-    That is with the three variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
-    under SLURM with several tasks, under Open MPI, and on a machine with TPUs, where JAX asks the
-    machine itself. Elsewhere the process is alone.
+
+def initialize(
+    *,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    join_timeout: float = 300.0,
+) -> None:
+    """Starts `jax.distributed` where this process is one of several; elsewhere it is alone.
+
+    Args:
+      coordinator_address: host:port of process 0. This and the next two take the place of
+        JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; without any of the six a
+        cluster is looked for.
+      num_processes: How many there are.
+      process_id: Which of them this one is.
+      join_timeout: Seconds to wait for all of them; then all that wait end with a JoinError that
+        names the missing.
     """
-    given = [name for name in _VARIABLES if name in os.environ]
-    if given:
-        if missing := [name for name in _VARIABLES if name not in os.environ]:
-            raise InputError(
-                f"{', '.join(given)} is set without {', '.join(missing)}. Set all three for a run "
-                f"of several processes, or none."
-            )
-        address, count, index = (os.environ[name] for name in _VARIABLES)
-        jax.distributed.initialize(address, int(count), int(index))
-    elif os.environ.get("SLURM_NTASKS", "1") != "1" or "OMPI_COMM_WORLD_SIZE" in os.environ:
-        jax.distributed.initialize()
-    elif _may_have_tpus():
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:  # JAX found no cluster to ask
-            logging.info("This process is alone: %s", error)
+    place = _from_settings(coordinator_address, num_processes, process_id)
+    if place is None and (cluster := _cluster_sign()):
+        place = _from_cluster(cluster, join_timeout)
+    if place is not None:
+        call_the_roll(place, join_timeout)
+        jax.distributed.initialize(
+            place.address, place.num_processes, place.process_id, place.local_device_ids
+        )
     logging.info(
         "Process %d of %d; %d of %d devices (%s) are its own.",
         jax.process_index(), jax.process_count(),
@@ -41,6 +63,120 @@ def initialize() -> None:
     )  # fmt: skip
 
 
-def _may_have_tpus() -> bool:
+def from_flags() -> None:
+    """`initialize` with the flags of `define_flags`."""
+    names = (*_VARIABLES, "join_timeout")
+    initialize(**{name: flags.FLAGS[name].value for name in names})
+
+
+def _from_settings(*given) -> Place | None:
+    values = {
+        name: os.environ.get(variable) if value is None else value
+        for (name, variable), value in zip(_VARIABLES.items(), given, strict=True)
+    }
+    present = [_setting(name) for name, value in values.items() if value is not None]
+    missing = [_setting(name) for name, value in values.items() if value is None]
+    if present and missing:
+        raise InputError(
+            f"{', '.join(present)} is set without {', '.join(missing)}. Set all three for a run "
+            f"of several processes, or none."
+        )
+    if missing:
+        return None
+    try:
+        numbers = int(values["num_processes"]), int(values["process_id"])
+    except ValueError:
+        raise InputError(
+            f"JAX_NUM_PROCESSES={values['num_processes']!r} and "
+            f"JAX_PROCESS_ID={values['process_id']!r} must be whole numbers."
+        ) from None
+    return Place(values["coordinator_address"], *numbers)
+
+
+def _setting(name: str) -> str:
+    return f"--{name} (or {_VARIABLES[name]})"
+
+
+def _cluster_sign() -> str | None:
+    """What makes this process look for others."""
+    if os.environ.get("SLURM_NTASKS", "1") != "1":
+        return "SLURM_NTASKS"
+    for name in ("OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"):
+        if name in os.environ:
+            return name
     platforms = os.environ.get("JAX_PLATFORMS", "tpu")
-    return "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
+    if "tpu" in platforms and importlib.util.find_spec("libtpu") is not None:
+        return "libtpu"
+    return None
+
+
+def _from_cluster(sign: str, timeout: float) -> Place | None:
+    """The place that JAX finds by itself; None on a machine with libtpu and no cluster."""
+    # Not public: jax.distributed.initialize asks the same, but joins at once.
+    from jax._src import clusters
+
+    try:
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, int(timeout)
+        )
+    except RuntimeError as error:  # an address without a host, no right to ask Kubernetes
+        raise JoinError(f"This process may be one of several ({sign}), but {error}") from error
+    address, num_processes, process_id, devices = found
+    if address is None:
+        if sign == "libtpu":
+            return None
+        raise InputError(
+            f"{sign}={os.environ[sign]} says that this process is one of several, but JAX finds no "
+            f"cluster of Open MPI, SLURM or Kubernetes. Start it with mpirun or srun (also inside "
+            f"sbatch), on Kubernetes install jax[k8s], or give --coordinator_address, "
+            f"--num_processes and --process_id."
+        )
+    hosts = _slurm_hosts() or _tpu_hosts(num_processes)
+    devices = None if devices is None else tuple(devices)
+    return Place(address, num_processes, process_id, devices, hosts)
+
+
+def _slurm_hosts() -> tuple[str, ...]:
+    """The host of each task of a SLURM step; () elsewhere, or where tasks lie in another order."""
+    environ = os.environ
+    nodes, tasks = environ.get("SLURM_STEP_NODELIST"), environ.get("SLURM_STEP_TASKS_PER_NODE")
+    if not nodes or not tasks or not environ.get("SLURM_DISTRIBUTION", "block").startswith("block"):
+        return ()
+    counts = []
+    for part in tasks.split(","):  # such as 8(x2),4
+        number, _, times = part.partition("(x")
+        counts += [int(number)] * int(times.rstrip(")") or 1)
+    names = expand_nodes(nodes)
+    if len(names) != len(counts):  # written in a way that is not understood here
+        return ()
+    return tuple(name for name, count in zip(names, counts, strict=True) for _ in range(count))
+
+
+def expand_nodes(nodes: str) -> list[str]:
+    """The names in a SLURM node list: "gpu[01-02,7],login" is gpu01, gpu02, gpu7 and login."""
+    names = []
+    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", nodes):
+        if not ranges:
+            names.append(prefix)
+            continue
+        for part in ranges.split(","):
+            low, _, high = part.partition("-")
+            for number in range(int(low), int(high or low) + 1):
+                names.append(f"{prefix}{number:0{len(low)}d}{suffix}")
+    return names
+
+
+def _tpu_hosts(num_processes: int) -> tuple[str, ...]:
+    """The host of each process on TPUs of GKE; of other slices a process knows only the numbers."""
+    names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    if not names:
+        return ()
+    own = [name.strip() for name in names.split(",")]
+    if num_processes % len(own):
+        return ()
+    hosts = []
+    for number in range(num_processes // len(own)):
+        mine = str(number) == os.environ.get("MEGASCALE_SLICE_ID", "0")
+        workers = (f"slice {number}, worker {worker}" for worker in range(len(own)))
+        hosts += own if mine else workers
+    return tuple(hosts)

@@ -1,4 +1,4 @@
-"""The one error that a user can mend: a bad flag, file, size or layout."""
+"""The errors that a user can mend: a bad flag, file, size or layout; processes that do not meet."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,15 @@ class InputError(ValueError):
     Raised at the door, where input enters the program. The command line prints the message alone,
     without a traceback, and leaves with exit status 2.
     """
+
+    status = 2
+
+
+class JoinError(InputError):
+    """The processes of a run did not find each other; starting again may help.
+
+    Attributes:
+      status: Of the exit; EX_TEMPFAIL of sysexits.h, which says the same to a scheduler.
+    """
+
+    status = 75

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags, logging
 from etils import epath
 
-from lumina_jax import checkpoint, cli, files
+from lumina_jax import checkpoint, cli, executables, files
 from lumina_jax.data.loader import read_pictures
 from lumina_jax.errors import InputError
 from lumina_jax.evaluation.retrieval import nearest
@@ -24,6 +24,7 @@ from lumina_jax.sampling.pipeline import Pipeline
 
 
 def define_flags() -> None:
+    flags.DEFINE_string("cache_directory", "", "Of compiled programs; JAX_COMPILATION_CACHE_DIR.")
     flags.DEFINE_string("checkpoint", None, "Workdir of a run.")
     flags.DEFINE_string("data", None, "Its data set; that of its config by default.")
     flags.DEFINE_integer("num_prompts", 64, "Prompts in each group.", lower_bound=1)
@@ -143,6 +144,7 @@ def draw(pipeline: Callable, pictures, chosen, batch_size: int, seed: int) -> li
 
 def main() -> None:
     args = flags.FLAGS
+    executables.use_cache(args.cache_directory)
     evaluate(
         args.checkpoint,
         args.data,
@@ -150,6 +152,7 @@ def main() -> None:
         batch_size=args.batch_size,
         seed=args.seed,
     )
+    logging.info("%s", executables.summary())
 
 
 if __name__ == "__main__":

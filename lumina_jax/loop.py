@@ -15,7 +15,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from lumina_jax import metrics
+from lumina_jax import executables, metrics
 from lumina_jax.checkpoint import Checkpointer
 from lumina_jax.data.loader import Loader
 from lumina_jax.errors import InputError
@@ -144,6 +144,7 @@ class Report:
         self._flops = 0.0  # of the batch that was taken last
         self._pending: tuple[int, dict, float] | None = None
         self._since_line: int | None = None  # the newest step that no line has yet
+        self._started = False
 
     def timed_next(self, batches: Iterator[dict]) -> dict:
         began = time.perf_counter()
@@ -163,6 +164,9 @@ class Report:
             return
         (step, step_metrics, flops), self._pending = self._pending, None
         loss, grad_norm = self.meter.add(step_metrics, flops)
+        if not self._started:
+            logging.info("The first step is done. %s", executables.summary())
+            self._started = True
         self._since_line = step
         sound = math.isfinite(loss) and math.isfinite(grad_norm)
         if not sound or step % self._trainer.config.train.log_every == 0:

@@ -16,7 +16,7 @@ from absl import flags, logging
 from etils import epath
 from PIL import Image
 
-from lumina_jax import checkpoint, cli, files
+from lumina_jax import checkpoint, cli, executables, files
 from lumina_jax.errors import InputError
 from lumina_jax.progress import progress_bar
 from lumina_jax.sampling.contact_sheet import save_contact_sheet
@@ -24,6 +24,7 @@ from lumina_jax.sampling.pipeline import Pipeline
 
 
 def define_flags() -> None:
+    flags.DEFINE_string("cache_directory", "", "Of compiled programs; JAX_COMPILATION_CACHE_DIR.")
     flags.DEFINE_string(
         "checkpoint",
         None,
@@ -104,6 +105,7 @@ def draw(
 
 def main() -> None:
     args = flags.FLAGS
+    executables.use_cache(args.cache_directory)
     prompts = read_prompts(args.prompt, args.prompts_file)
     if checkpoint.is_run(args.checkpoint):
         pipeline = Pipeline.from_checkpoint(
@@ -128,6 +130,7 @@ def main() -> None:
     sheet = folder / "contact_sheet.png"
     save_contact_sheet(sheet, [np.asarray(image) for image in images], prompts, columns=6)
     logging.info("%d pictures in %s; all of them on %s", len(images), folder, sheet)
+    logging.info("%s", executables.summary())
 
 
 if __name__ == "__main__":

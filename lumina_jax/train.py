@@ -10,7 +10,7 @@ Run again with the same --workdir, it goes on from the newest checkpoint.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from lumina_jax import (
     cli,
     compiler,
     distributed,
+    executables,
     files,
     flow,
     loop,
@@ -51,6 +52,7 @@ from lumina_jax.weights.next_dit import open_transformer
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+    distributed.define_flags()
 
 
 class Trainer:
@@ -70,7 +72,9 @@ class Trainer:
         self.loader = make_loader(config, self.text_encoder, self.autoencoder)
         self.num_slots = self._check_shapes()
 
-        self.program = step_program(config, self.model, self.mesh, self.num_slots)
+        self.program = step_program(
+            config, self.model, self.mesh, self.num_slots, settings=lambda: self.meta
+        )
         self.step, self.learning_rate = self.program.step, self.program.learning_rate
         self.pipeline = self._make_pipeline()
         self.encode = Encoder(
@@ -84,6 +88,7 @@ class Trainer:
             num_slots=self.num_slots,
             pooled=bool(config.flow.auxiliary_weight),
             seed=config.seed,
+            settings=lambda: self.meta,
         )
 
         self.checkpointer = checkpoint.Checkpointer(
@@ -200,14 +205,14 @@ class StepProgram(NamedTuple):
     """The step of a run on a mesh, not compiled yet, and the state that it takes.
 
     Attributes:
-      step: step(state, batch, key) -> (state, metrics), jitted.
+      step: step(state, batch, key) -> (state, metrics).
       optimizer: Its own.
       learning_rate: Of a step.
       abstract_state: Shapes and types of the state.
       shardings: Where its arrays go.
     """
 
-    step: Callable
+    step: executables.Program
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     abstract_state: TrainState
@@ -215,7 +220,12 @@ class StepProgram(NamedTuple):
 
 
 def step_program(
-    config: ConfigDict, model: next_dit.NextDiTConfig, mesh: jax.sharding.Mesh, num_slots: int
+    config: ConfigDict,
+    model: next_dit.NextDiTConfig,
+    mesh: jax.sharding.Mesh,
+    num_slots: int,
+    *,
+    settings: Callable[[], Any] = dict,
 ) -> StepProgram:
     """Builds the step that a config names; no data, weights or devices are needed.
 
@@ -224,6 +234,7 @@ def step_program(
       model: Sizes of the network, see `model_config`.
       mesh: Of the devices to run on, or to compile for.
       num_slots: Image slots of a sequence.
+      settings: Gives all that decides the step, where its trace may be kept.
     """
     optim_config = optim.OptimConfig(**config.optim)
     optimizer = optim.make_optimizer(optim_config, config.train.num_steps)
@@ -249,14 +260,16 @@ def step_program(
         num_microbatches=config.train.num_microbatches,
         ema_decay=optim_config.ema_decay,
     )
-    jitted = jax.jit(
+    program = executables.Program(
         step,
+        name="train_step",
+        settings=settings,
         donate_argnums=0,
         out_shardings=(shardings, sharding.named(mesh, ())),
         compiler_options=compiler.options(mesh),
     )
     learning_rate = optim.learning_rate(optim_config, config.train.num_steps)
-    return StepProgram(jitted, optimizer, learning_rate, abstract_state, shardings)
+    return StepProgram(program, optimizer, learning_rate, abstract_state, shardings)
 
 
 def step_flops(
@@ -417,7 +430,10 @@ def _check_numbers(config: ConfigDict) -> None:
 
 
 def main() -> None:
-    distributed.initialize()
+    distributed.from_flags()
+    executables.use_cache(
+        flags.FLAGS.config.compile.cache_directory, default=f"{flags.FLAGS.workdir}/compiled"
+    )
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 

@@ -28,7 +28,17 @@ from etils import epath
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict, config_flags
 
-from lumina_jax import checkpoint, cli, distributed, files, loop, metrics, optim, sharding
+from lumina_jax import (
+    checkpoint,
+    cli,
+    distributed,
+    executables,
+    files,
+    loop,
+    metrics,
+    optim,
+    sharding,
+)
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.loader import Dataset, Loader, read_pictures
 from lumina_jax.errors import InputError
@@ -45,6 +55,7 @@ _COLUMNS = 8  # of a preview
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+    distributed.define_flags()
 
 
 class Trainer:
@@ -318,7 +329,8 @@ def _check_numbers(config: ConfigDict) -> None:
 
 
 def main() -> None:
-    distributed.initialize()
+    distributed.from_flags()
+    executables.use_cache("", default=f"{flags.FLAGS.workdir}/compiled")
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 

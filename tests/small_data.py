@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import socket
 from collections.abc import Collection, Iterator, Sequence
 
 from PIL import Image
@@ -99,3 +100,10 @@ def damage(directory: os.PathLike | str, ids: Collection[str]) -> None:
             shards.append(dataclasses.replace(shard, num_bytes=path.stat().st_size))
         splits.append(dataclasses.replace(split, shards=tuple(shards)))
     dataclasses.replace(manifest, splits=tuple(splits)).save(directory)
+
+
+def free_address() -> str:
+    """host:port on this machine, where nobody listens now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"

@@ -124,8 +124,8 @@ def describe(name: str, numbers: dict[str, float], config, topology: Topology) -
     lines = [
         f"{name}, on each chip:",
         f"  memory     {n['peak_gib']:.2f} GiB at most: {memory}",
-        f"  operations {n['compiled_tflop']:.1f} TFLOP compiled ({n['kernels_tflop']:.1f} in kernels), "
-        f"{n['asked_tflop']:.1f} asked for: ratio {n['flops_ratio']:.3f}",
+        f"  operations {n['compiled_tflop']:.1f} TFLOP compiled, "
+        f"{n['kernels_tflop']:.1f} of them in kernels; {n['asked_tflop']:.1f} asked for: ratio {n['flops_ratio']:.3f}",
         f"  traffic    {traffic or 'none'}; {n['gather_asynchronous']:.0%} of gathered bytes hidden",
         f"  estimate   {n['step_seconds']:.3f} s, MFU {n['mfu']:.1%}: {kinds}",
         f"  roofline   {n['roofline_seconds']:.3f} s, MFU {n['roofline_mfu']:.1%}",

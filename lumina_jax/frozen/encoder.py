@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from lumina_jax import sharding
+from lumina_jax.executables import Program
 from lumina_jax.frozen.autoencoder import Autoencoder
 from lumina_jax.frozen.text_encoder import TextEncoder
 from lumina_jax.models import embed
-from lumina_jax.types import Batch
+from lumina_jax.types import Batch, ImageTokens
 
 
 class Encoder:
@@ -34,6 +35,7 @@ class Encoder:
       num_slots: Image slots of a sequence.
       pooled: Whether to make the pooled pictures of the auxiliary loss too.
       seed: Of latents that are drawn (`autoencoder.sample`); batch k always draws the same.
+      settings: Gives all that decides the programs, for those that are kept.
 
     Attributes:
       encode_text: encode_text(params, ids, mask) -> cap_feats, jitted.
@@ -53,6 +55,7 @@ class Encoder:
         num_slots: int,
         pooled: bool,
         seed: int,
+        settings: Callable[[], Any],
     ):
         self._sharding = sharding.named(mesh, ("act_batch",))
         self._batch_size = batch_size
@@ -65,16 +68,18 @@ class Encoder:
         def encode_images(params, images, key, index):
             return cut(autoencoder.encode(params, images, jax.random.fold_in(key, index)))
 
-        jit = functools.partial(jax.jit, out_shardings=self._sharding)
+        program = functools.partial(
+            Program, settings=settings, returns=(ImageTokens,), out_shardings=self._sharding
+        )
 
         def encode_text(params, ids, mask):
             # float32 also where the encoder computes in less: a cache must not make a difference.
             return text_encoder.encode(params, ids, mask).astype(jnp.float32)
 
-        self.encode_text = jit(encode_text)
-        self._widen_text = jit(lambda cap_feats: cap_feats.astype(jnp.float32))
-        self.encode_images = jit(encode_images)
-        self._cut_latents = jit(cut)
+        self.encode_text = program(encode_text, name="encode_text")
+        self._widen_text = program(lambda x: x.astype(jnp.float32), name="widen_text")
+        self.encode_images = program(encode_images, name="encode_images")
+        self._cut_latents = program(cut, name="cut_latents")
 
     def __call__(self, host_batch: dict, index: int) -> Batch:
         mask = self._put(host_batch["token_mask"])

@@ -17,6 +17,7 @@ from PIL import Image
 
 from lumina_jax import checkpoint, compiler, sharding, system_prompts
 from lumina_jax.errors import InputError
+from lumina_jax.executables import Program
 from lumina_jax.frozen.autoencoder import VAE, Autoencoder, make_autoencoder
 from lumina_jax.frozen.gemma2 import Gemma2TextEncoder
 from lumina_jax.frozen.text_encoder import TextEncoder, make_text_encoder
@@ -73,11 +74,16 @@ class Pipeline:
                     f"This {what} gives {given} numbers where the model takes {needed}: they do "
                     f"not belong together."
                 )
-        self.draw = jax.jit(
+        self.draw = Program(
             functools.partial(
                 _draw, make_forward(model), text_encoder, autoencoder, model.patch_size
             ),
-            static_argnames=("program", "num"),
+            name="draw",
+            settings=lambda: {
+                "model": dataclasses.asdict(model),
+                "text_encoder": text_encoder.fingerprint(),
+                "autoencoder": autoencoder.fingerprint(),
+            },
             out_shardings=replicated,
             compiler_options=compiler.options(mesh),
         )

@@ -45,7 +45,7 @@ def test_a_run_from_cached_features_learns_what_a_run_without_learns(config, cac
             state, metrics = plain.step(state, batch, jax.random.key(0))
             quick_state, quick_metrics = plain.step(quick_state, found, jax.random.key(0))
             np.testing.assert_allclose(quick_metrics["loss"], metrics["loss"], rtol=1e-3)
-    assert plain.step._cache_size() == 1
+    assert len(plain.step.programs) == 1
     weights = {"text_params", "autoencoder_params"}  # cached properties, there once they are read
     assert weights <= set(vars(plain.pipeline))
     assert not weights & set(vars(quick.pipeline))

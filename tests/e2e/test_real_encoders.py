@@ -61,9 +61,9 @@ def test_a_run_compiles_one_step_one_text_encoder_and_one_picture_encoder_a_buck
     trainer.step, trainer.encode = watched_step, watched_encode
     loop.run(trainer)
     assert len(shapes) == 3
-    assert step._cache_size() == 1
-    assert encode._encode_text._cache_size() == 1
-    assert encode._encode_images._cache_size() == 3
+    assert len(step.programs) == 1
+    assert len(encode._encode_text.programs) == 1
+    assert len(encode._encode_images.programs) == 3
     # A batch is encoded behind a step whose results nobody has asked for yet.
     assert events[:6] == ["encode", "step", "encode", "step", "read", "encode"]
     assert events[6:9] == ["step", "read", "encode"]
