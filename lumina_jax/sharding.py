@@ -202,10 +202,20 @@ def _gathered(x, split: P, whole: P):
     return jax.lax.with_sharding_constraint(x, whole)
 
 
-_gathered.defvjp(
-    lambda x, split, whole: (_gathered(x, split, whole), None),
-    lambda split, whole, _, gradient: (jax.lax.with_sharding_constraint(gradient, split),),
-)
+def _scatter(split, whole, _, gradient):
+    shape = gradient.shape
+    if len(shape) == 3:
+        # As a matrix: of those the compiler makes reduce-scatters, but a gradient with heads it
+        # would sum whole and cut afterwards, for twice the traffic.
+        if split[0] != whole[0]:  # [D, h, d]
+            matrix, axes = (shape[0], shape[1] * shape[2]), P(split[0], split[1])
+        else:  # [h, d, D]
+            matrix, axes = (shape[0] * shape[1], shape[2]), P(split[0], split[2])
+        gradient = jax.lax.with_sharding_constraint(gradient.reshape(matrix), axes).reshape(shape)
+    return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gathered.defvjp(lambda x, split, whole: (_gathered(x, split, whole), None), _scatter)
 
 
 def constrain(x, axes):

@@ -36,9 +36,9 @@ def attention(
     k: Float[Array, "B K T d"],
     v: Float[Array, "B K T d"],
     segment_ids: Int[Array, "B T"],
-    implementation: str = "auto",
+    implementation: str,
 ) -> Float[Array, "B H T d"]:
-    """softmax(q k^T / sqrt(d)) v among the tokens of the same segment.
+    """softmax(q k^T / sqrt(d)) v among the tokens of the same segment, for any but flash.
 
     Padding is a segment of its own (0), so that no softmax is empty. Key head j serves the query
     heads j * H / K to (j + 1) * H / K - 1.
@@ -48,9 +48,9 @@ def attention(
       k: Keys.
       v: Values.
       segment_ids: 1 at tokens, 0 at padding.
-      implementation: Of IMPLEMENTATIONS; `auto` takes the best for the devices of the mesh.
+      implementation: What `choose` says.
     """
-    return _FUNCTIONS[choose(implementation, q.dtype, q.shape[-1])](q, k, v, segment_ids)
+    return _FUNCTIONS[implementation](q, k, v, segment_ids)
 
 
 def choose(implementation: str, dtype, head_dim: int) -> str:
@@ -120,18 +120,33 @@ _permute.defvjp(
 )
 
 
-def _sharded(call, q, k, v, segment_ids):
-    """Each device attends for its own part of the batch and of the heads."""
+def _sharded(call, arrays, kinds):
+    """Each device attends for its own part of the batch and of the heads.
+
+    Args:
+      call: call(*arrays) -> heads, on one device.
+      arrays: Its arguments.
+      kinds: Of each: "heads" [B, h, T, d], "tokens" [B, T, ..] or "shared" by all.
+    """
     if jax.sharding.get_abstract_mesh().empty:
-        return call(q, k, v, segment_ids)
-    heads = sharding.spec(("act_batch", "act_heads"))
-    tokens = sharding.spec(("act_batch",))
+        return call(*arrays)
+    specs = {
+        "heads": sharding.spec(("act_batch", "act_heads")),
+        "tokens": sharding.spec(("act_batch",)),
+        "shared": sharding.spec(()),
+    }
     return jax.shard_map(
-        call, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False
-    )(q, k, v, segment_ids)
+        call, in_specs=tuple(specs[kind] for kind in kinds), out_specs=specs["heads"],
+        check_vma=False,
+    )(*arrays)  # fmt: skip
 
 
-def _splash_on_device(q, k, v, segment_ids, *, interpret=False):
+def _splash(q, k, v, segment_ids, interpret: bool = False):
+    call = functools.partial(_splash_on_device, interpret=interpret)
+    return _sharded(call, (q, k, v, segment_ids), ("heads",) * 3 + ("tokens",))
+
+
+def _splash_on_device(q, k, v, segment_ids, *, interpret):
     num_heads, num_tokens, head_dim = q.shape[1:]
     # A length that is not in lanes is filled up with tokens of a segment that is nobody's.
     fill = -num_tokens % _LANES
@@ -182,12 +197,25 @@ def _block(size: int, limit: int) -> int:
     return _LANES * max(n for n in range(1, limit // _LANES + 1) if units % n == 0)
 
 
-_FUNCTIONS = {
-    "xla": _xla,
-    "flash": functools.partial(_sharded, flash.flash_attention),
-    "splash": functools.partial(_sharded, _splash_on_device),
-    "cudnn": _cudnn,
-}
+_FUNCTIONS = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
+
+
+def flash_attention(
+    q: Float[Array, "B H T d"],
+    k: Float[Array, "B K T d"],
+    v: Float[Array, "B K T d"],
+    segment_ids: Int[Array, "B T"],
+    q_norm: RMSNorm,
+    k_norm: RMSNorm,
+    freqs: rope.Freqs,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B H T d"]:
+    """`attention` with norms and rotation inside, on every device of the mesh."""
+    call = functools.partial(flash.flash_attention, eps=q_norm.eps, interpret=interpret)
+    scales = q_norm.scale[...], k_norm.scale[...]
+    kinds = ("heads",) * 3 + ("shared",) * 2 + ("tokens",) * 3
+    return _sharded(call, (q, k, v, *scales, *freqs, segment_ids), kinds)
 
 
 class JointAttention(nnx.Module):
@@ -212,9 +240,14 @@ class JointAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], freqs: rope.Freqs
     ) -> Float[Array, "B T D"]:
-        q = rope.rotate(self.q_norm(self.q(x)), freqs)
-        k = rope.rotate(self.k_norm(self.k(x)), freqs)
-        v = self.v(x)
-        q, k, v = (sharding.constrain(y, ("act_batch", "act_heads", None, None)) for y in (q, k, v))
-        heads = attention(q, k, v, segment_ids, self.implementation)
+        q, k, v = (
+            sharding.constrain(project(x), ("act_batch", "act_heads", None, None))
+            for project in (self.q, self.k, self.v)
+        )
+        implementation = choose(self.implementation, q.dtype, q.shape[-1])
+        if implementation == "flash":
+            heads = flash_attention(q, k, v, segment_ids, self.q_norm, self.k_norm, freqs)
+        else:
+            q, k = rope.rotate(self.q_norm(q), freqs), rope.rotate(self.k_norm(k), freqs)
+            heads = attention(q, k, v, segment_ids, implementation)
         return checkpoint_name(self.out(heads), "attention_out")

@@ -12,11 +12,43 @@ import pytest
 from lumina_jax import sharding
 from lumina_jax.errors import InputError
 from lumina_jax.models import attention as door
-from lumina_jax.models import flash
+from lumina_jax.models import flash, rope
+from lumina_jax.models.layers import RMSNorm
 
+EPS = 1e-5
+
+
+def norms(head_dim=96):
+    """Of queries and keys, with scales that differ."""
+    made = []
+    for seed in (5, 6):
+        norm = RMSNorm(head_dim, eps=EPS)
+        noise = jax.random.normal(jax.random.key(seed), (head_dim,))
+        norm.scale[...] = 1 + 0.3 * noise
+        made.append(norm)
+    return made
+
+
+def rotation(batch, num_tokens, head_dim=96):
+    ids = jax.random.randint(jax.random.key(8), (batch, num_tokens, 3), 0, 60)
+    return rope.frequencies(ids, (head_dim // 3,) * 3, 10000.0)
+
+
+def plain(q, k, v, ids):
+    """Norms and rotation of their own, then attention as it is written down."""
+    (q_norm, k_norm), freqs = norms(), rotation(len(q), q.shape[2])
+    return door._xla(rope.rotate(q_norm(q), freqs), rope.rotate(k_norm(k), freqs), v, ids)
+
+
+def fused(q, k, v, ids):
+    freqs = rotation(len(q), q.shape[2])
+    return door.flash_attention(q, k, v, ids, *norms(), freqs, interpret=True)
+
+
+# Each with what it has to equal.
 KERNELS = {
-    "flash": functools.partial(flash.flash_attention, interpret=True),
-    "splash": functools.partial(door._splash_on_device, interpret=True),
+    "flash": (fused, plain),
+    "splash": (functools.partial(door._splash, interpret=True), door._xla),
 }
 
 
@@ -51,43 +83,65 @@ def assert_close(found, expected, tolerance):
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_equals_plain_attention(name, num_tokens):
     qkv, weight, ids = inputs(num_tokens)
-    expected = forward_and_gradients(door._xla, qkv, weight, ids)
-    assert_close(forward_and_gradients(KERNELS[name], qkv, weight, ids), expected, 3e-6)
+    kernel, reference = KERNELS[name]
+    expected = forward_and_gradients(reference, qkv, weight, ids)
+    assert_close(forward_and_gradients(kernel, qkv, weight, ids), expected, 3e-6)
+
+
+def test_the_scales_of_the_norms_inside_have_their_gradients():
+    qkv, weight, ids = inputs(256)
+    freqs = rotation(2, 256)
+
+    def loss(scales, inside):
+        made = norms()
+        for norm, scale in zip(made, scales, strict=True):
+            norm.scale[...] = scale
+        if inside:
+            out = door.flash_attention(*qkv, ids, *made, freqs, interpret=True)
+        else:
+            q, k = (rope.rotate(n(x), freqs) for n, x in zip(made, qkv, strict=False))
+            out = door._xla(q, k, qkv[2], ids)
+        return jnp.sum(out * weight)
+
+    scales = [norm.scale[...] for norm in norms()]
+    found, expected = (jax.grad(loss)(scales, inside) for inside in (True, False))
+    for a, b in zip(found, expected, strict=True):
+        assert np.abs(a - b).max() < 3e-6 * np.abs(b).max()
 
 
 def test_flash_goes_through_keys_in_several_parts():
     qkv, weight, ids = inputs(1280, batch=1, heads=1, kv_heads=1)
     assert len(flash._blocks(1280)[1]) > 1
-    expected = forward_and_gradients(door._xla, qkv, weight, ids)
-    assert_close(forward_and_gradients(KERNELS["flash"], qkv, weight, ids), expected, 3e-6)
+    expected = forward_and_gradients(plain, qkv, weight, ids)
+    assert_close(forward_and_gradients(fused, qkv, weight, ids), expected, 3e-6)
 
 
 def test_flash_in_bfloat16_is_as_exact_as_plain_attention_in_bfloat16():
     qkv, weight, ids = inputs(256, dtype=jnp.bfloat16)
     exact = [x.astype(jnp.float32) for x in qkv]
-    expected = forward_and_gradients(door._xla, exact, weight.astype(jnp.float32), ids)
+    expected = forward_and_gradients(plain, exact, weight.astype(jnp.float32), ids)
 
     def error(attend):
         found = forward_and_gradients(attend, qkv, weight, ids)
         return [float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True)]
 
-    ours, plain = error(KERNELS["flash"]), error(door._xla)
-    assert all(a < 2 * b for a, b in zip(ours, plain, strict=True)), (ours, plain)
+    ours, theirs = error(fused), error(plain)
+    assert all(a < 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
 def test_keys_without_any_real_token_give_no_nan():
     qkv, weight, ids = inputs(128, batch=1)
-    found = forward_and_gradients(KERNELS["flash"], qkv, weight, jnp.zeros_like(ids))
+    found = forward_and_gradients(fused, qkv, weight, jnp.zeros_like(ids))
     assert all(bool(jnp.isfinite(x).all()) for x in found)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_on_a_mesh_each_device_attends_for_its_own_part(name):
     qkv, weight, ids = inputs(128, batch=4, heads=4, kv_heads=2)
-    expected = forward_and_gradients(door._xla, qkv, weight, ids)
+    kernel, reference = KERNELS[name]
+    expected = forward_and_gradients(reference, qkv, weight, ids)
     with jax.set_mesh(sharding.make_mesh(replica=2, data=2, model=2)):
-        attend = functools.partial(door._sharded, KERNELS[name])
-        found = forward_and_gradients(attend, qkv, weight, ids)
+        found = forward_and_gradients(kernel, qkv, weight, ids)
     assert_close(jax.device_get(found), jax.device_get(expected), 3e-6)
 
 
@@ -124,9 +178,9 @@ def test_auto_is_plain_attention_on_a_processor():
     ],
 )
 def test_a_kernel_of_another_machine_is_refused(name, message):
-    qkv, _, ids = inputs(128)
+    qkv, _, _ = inputs(128)
     with pytest.raises(InputError, match=message):
-        door.attention(*qkv, ids, name)
+        door.choose(name, qkv[0].dtype, 96)
 
 
 @pytest.mark.parametrize("num_tokens", [128, 512, 4096, 4352, 4992])
@@ -139,7 +193,7 @@ def test_blocks_of_splash_divide_what_they_cut(num_tokens):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize("model", [1, 2])
-@pytest.mark.parametrize("name", ["auto", "splash"])
+@pytest.mark.parametrize("name", ["flash", "splash"])
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5:2x2x2"])
 def test_the_released_heads_compile_for_tpus(topology, name, model, tpu_devices):
     """24 query and 8 key heads of 96, over data and model axes, forward and backward."""
@@ -152,12 +206,21 @@ def test_the_released_heads_compile_for_tpus(topology, name, model, tpu_devices)
     ]
     ids = jax.ShapeDtypeStruct((16, 640), jnp.int32, sharding=tokens)
 
-    def loss(q, k, v, ids):
-        return jnp.sum(door.attention(q, k, v, ids, name).astype(jnp.float32) ** 2)
+    freqs = jax.ShapeDtypeStruct((16, 640, 96), jnp.float32, sharding=tokens)
+
+    def loss(q, k, v, ids, cos, sin):
+        assert door.choose("auto", q.dtype, 96) == "flash"
+        if name == "flash":
+            out = door.flash_attention(q, k, v, ids, *norms(), rope.Freqs(cos, sin))
+        else:
+            out = door.attention(q, k, v, ids, name)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh):
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, ids).compile().as_text()
+        text = (
+            jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, ids, freqs, freqs).compile().as_text()
+        )
     kernels = re.findall(r'custom_call_target="tpu_custom_call"', text)
     assert len(kernels) == 2  # forward and backward
-    assert ("flash_backward" if name == "auto" else "splash") in text
+    assert f"{name}_" in text
     assert not re.search(r"\[(\d+,)*640,640\]", text)  # no scores in memory
