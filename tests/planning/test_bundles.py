@@ -44,7 +44,9 @@ DATA = "%s8_s8 = sld [smem:[#allocation4 + %s3_s3]]  ;;  %p4_p4 = scmp.le.s32.to
 
 
 def kernel(name: str) -> hlo.Kernel:
-    return hlo.Kernel(name=name, op_name="", metadata="", operands=(), results=(), executions=1)
+    return hlo.Kernel(
+        name=name, op_name="", metadata="", code=code, operands=(), results=(), executions=1
+    )
 
 
 def test_a_region_counts_as_often_as_the_grid_enters_it():
