@@ -52,7 +52,9 @@ _ASSERT = flags.DEFINE_multi_string(
     "assert", [], "A condition on the numbers of --json, such as mfu>=0.58."
 )
 _JSON = flags.DEFINE_string("json", None, "Write all numbers to this file as well.")
-_HLO = flags.DEFINE_string("hlo", None, "Write the text of the compiled program to this file.")
+_HLO = flags.DEFINE_string(
+    "hlo", None, "Write the text of the compiled program to this file; -text, -images of two."
+)
 _HOTTEST = flags.DEFINE_integer("hottest", 0, "Show so many of the longest instructions.")
 _PRICE = flags.DEFINE_float("price", None, "Of a chip-hour, to say what the run costs.")
 _REUSE = flags.DEFINE_string(
@@ -130,7 +132,10 @@ def plan(lowered: programs.Lowered, topology: Topology) -> dict:
             "available_gib": error.available / report.GIB,
         }
     if _HLO.value:
-        pathlib.Path(_HLO.value).write_text(made.text)
+        path = pathlib.Path(_HLO.value)
+        if _WHAT.value == "encode":  # two programs
+            path = path.with_stem(f"{path.stem}-{lowered.name.split()[-1]}")
+        files.write(path, made.text)
     if _HOTTEST.value:
         print("\n".join(report.hottest(made.text, _HOTTEST.value, topology.chip.clock)))
     return {"fits": True, "key": key, "numbers": made.numbers, "timings": made.timings}
@@ -212,9 +217,8 @@ def sweep() -> int:
                 continue
             (result,) = json.loads(out.read_text())["programs"].values()
         if result["fits"]:
-            seconds = result["numbers"]["step_seconds"]
-            rows.append((seconds, label, result["numbers"]))
-            print(f"{label}: {describe.number(seconds)} s", flush=True)
+            rows.append((label, result["numbers"]))
+            print(f"{label}: {describe.number(rows[-1][1]['step_seconds'])} s", flush=True)
         else:
             misfits += 1
             print(f"{label}: does not fit: {result['reason']}", flush=True)

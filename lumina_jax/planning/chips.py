@@ -75,8 +75,8 @@ class Topology:
         chip, sizes = topology.chip, len(topology.shape)
         if sizes != chip.num_dims or topology.chips_per_slice > chip.largest_slice:
             raise InputError(
-                f"--topology={text!r}: a slice of {chip.name} has {chip.num_dims} sizes and at most "
-                f"{chip.largest_slice} chips, not {sizes} and {topology.chips_per_slice}."
+                f"--topology={text!r}: a slice of {chip.name} has {chip.num_dims} sizes and at "
+                f"most {chip.largest_slice} chips, not {sizes} and {topology.chips_per_slice}."
             )
         return topology
 

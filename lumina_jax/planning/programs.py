@@ -185,6 +185,7 @@ def lower_encode(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[Lowered]:
         num_slots=num_tokens(side, autoencoder.downscale * model.patch_size),
         pooled=bool(config.flow.auxiliary_weight),
         seed=config.seed,
+        settings=dict,
     )
     slots = text_encoder.max_tokens
     ids = _split(mesh, (batch_size, slots), jnp.int32)
@@ -250,8 +251,8 @@ def _is_released(section: str, path: str) -> bool:
 def _with_weights(text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
     if not isinstance(text_encoder, Gemma2TextEncoder) or not isinstance(autoencoder, VAE):
         raise InputError(
-            "Only the frozen encoders gemma2 and vae can be planned (--what=sample, --what=encode); "
-            "the others are small. Set --config.text_encoder.kind=gemma2 and "
+            "--what=sample and --what=encode plan the frozen encoders gemma2 and vae; the others are "
+            "small. Set --config.text_encoder.kind=gemma2 and "
             "--config.autoencoder.kind=vae, or plan --what=train."
         )
 
