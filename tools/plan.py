@@ -226,13 +226,12 @@ def sweep() -> int:
         if misfits:
             return DOES_NOT_FIT
         raise InputError("--sweep: no combination could be planned; see above.")
-    print(
-        f"\n{'s':>9} {'images/s':>9} {'MFU':>6} {'peak GiB':>9} {'ratio':>6} {'ICI GB':>7}  change"
-    )
-    for seconds, label, n in sorted(rows, key=lambda row: -row[2]["images_per_second"]):
+    print("\n  seconds  images/s    MFU  peak GiB  ratio   ICI GB  change")
+    for label, n in sorted(rows, key=lambda row: -row[1]["images_per_second"]):
+        seconds, images = map(describe.number, (n["step_seconds"], n["images_per_second"]))
         print(
-            f"{describe.number(seconds):>9} {describe.number(n['images_per_second']):>9} "
-            f"{n['mfu']:6.1%} {n['peak_gib']:9.2f} {n['flops_ratio']:6.3f} {n['ici_gb']:7.2f}  {label}"
+            f"{seconds:>9} {images:>9} {n['mfu']:6.1%} {n['peak_gib']:9.2f} "
+            f"{n['flops_ratio']:6.3f} {n['ici_gb']:8.2f}  {label}"
         )
     return 0
 

@@ -251,9 +251,9 @@ def _is_released(section: str, path: str) -> bool:
 def _with_weights(text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
     if not isinstance(text_encoder, Gemma2TextEncoder) or not isinstance(autoencoder, VAE):
         raise InputError(
-            "--what=sample and --what=encode plan the frozen encoders gemma2 and vae; the others are "
-            "small. Set --config.text_encoder.kind=gemma2 and "
-            "--config.autoencoder.kind=vae, or plan --what=train."
+            "--what=sample and --what=encode plan the frozen encoders gemma2 and vae; the others "
+            "are small. Set --config.text_encoder.kind=gemma2 and --config.autoencoder.kind=vae, "
+            "or plan --what=train."
         )
 
 
