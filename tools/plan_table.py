@@ -74,7 +74,7 @@ def plan(config: str, topology: Topology) -> str:
     path, label = file_of(config, topology), f"{config} on {topology}"
     if path.exists():
         return f"{label}: is in {path}"
-    data = min(DATA_AXIS, topology.num_chips)
+    data = min(DATA_AXIS, topology.chips_per_slice)
     changes = [
         f"mesh.data={data}",
         f"mesh.replica={topology.num_chips // data}",

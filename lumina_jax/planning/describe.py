@@ -3,7 +3,7 @@
 from lumina_jax.planning.chips import Topology
 
 NETWORKS = ("ici", "dcn")
-TIMES = ("dots", "reduces", "elementwise", "slices", "copies", "kernels", "waiting")
+TIMES = ("dots", "kernels", "elementwise", "reduces", "slices", "copies", "waiting")
 # Of all traffic; the names of hlo.COLLECTIVES.
 COLLECTIVES = (
     "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute",

@@ -83,8 +83,8 @@ def numbers(*, collectives=(), kernels=(), largest=(), cycles=0):
         largest=tuple(hlo.Buffer(each, "", "") for each in largest),
     )  # fmt: skip
     lowered = Lowered(
-        name="train", lowered=jax.jit(lambda x: x).lower(1.0), flops=8 * 197e9, num_images=16, inputs={},
-        sequences=(336, 512), compiler_options={},
+        name="train", lowered=jax.jit(lambda x: x).lower(1.0), flops=8 * 197e9, num_images=16,
+        inputs={}, sequences=(336, 512), compiler_options={},
     )  # fmt: skip
     bundles = {
         k.name: Bundles(name=k.name, grid=(), code=0, step=0, cycles=cycles, unknown=0)
