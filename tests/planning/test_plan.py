@@ -46,7 +46,7 @@ def test_the_numbers_of_a_plan_belong_together(small_plan):
 def test_weights_are_gathered_and_scattered_and_nothing_else_travels(small_plan):
     """Goals 5 and 6 of a layout: 336 tokens, 144 of the picture and 192 of the text."""
     planned, text = small_plan
-    check_layout(planned, text, lengths={336, 384, 144, 192})
+    check_layout(planned, text, lengths={336, 144, 192})
 
 
 def check_layout(planned, text, lengths):
@@ -58,10 +58,11 @@ def check_layout(planned, text, lengths):
     assert not with_tokens, with_tokens
     gathers = [c for c in program.collectives if c.kind == "all-gather" and c.bytes > 1e5]
     assert {c.dtype for c in gathers} == {"bf16"}
-    # Two bytes of every parameter forward and again backward; scattered once in bfloat16.
-    weights = 2 * n["parameters_gib"] * 2**30 * 8 / 4 / 1e9 * 7 / 8
-    assert 0.9 * weights < n["ici_all_gather_gb"] + n["ici_collective_permute_gb"] < 1.6 * weights
-    assert n["ici_reduce_scatter_gb"] < 0.8 * weights
+    # Two bytes of each parameter, as a ring sends them to eight chips: gathered forward and again
+    # backward, scattered once; shards that do not fill tiles are filled up.
+    once = 2 * (n["parameters_gib"] * 2**30 * 8 / 4) / 1e9 * 7 / 8
+    assert n["ici_all_gather_gb"] < 2.1 * once
+    assert 2.5 * once < n["ici_gb"] < 3.35 * once
 
 
 def test_a_known_program_is_not_compiled_again(small_plan, tmp_path):
@@ -173,7 +174,7 @@ def test_the_layout_of_the_released_width(libtpu, tmp_path):
         "--config.train.batch_size=16", f"--hlo={tmp_path / 'program.hlo'}",
     )  # fmt: skip
     assert planned.status == 0, planned.err
-    check_layout(planned, (tmp_path / "program.hlo").read_text(), lengths={336, 384, 144, 192})
+    check_layout(planned, (tmp_path / "program.hlo").read_text(), lengths={336, 144, 192})
 
 
 def made_up(config, topology, **changes):
