@@ -60,7 +60,9 @@ def main() -> None:
         for topology in topologies
     ]
     table.plot(plans, _PLOT.value)
-    table.insert(_PAGE.value, table.markdown(plans))
+    picture = os.path.relpath(_PLOT.value, pathlib.Path(_PAGE.value).parent)
+    image = f"![Estimated seconds of a step, by kind of work]({picture})"
+    table.insert(_PAGE.value, f"{table.markdown(plans)}\n\n{image}")
     print(f"The table is in {_PAGE.value}, the plot in {_PLOT.value}.")
 
 

@@ -83,6 +83,7 @@ def test_the_released_sizes_need_no_files(mesh):
     assert planned.inputs["batch"] == tokens + 64 * (2304 * 4 + 1)
 
 
+@pytest.mark.slow
 @needs_diffusers
 def test_a_local_folder_gives_the_sizes(mesh, tmp_path):
     folder = str(tiny_lumina2.save(tmp_path / "pipeline"))
