@@ -57,7 +57,8 @@ def check_layout(planned, text, lengths):
     with_tokens = [c for c in program.collectives if lengths & set(c.shape)]
     assert not with_tokens, with_tokens
     gathers = [c for c in program.collectives if c.kind == "all-gather" and c.bytes > 1e5]
-    assert {c.dtype for c in gathers} == {"bf16"}
+    # The embedding of t is float32 by choice.
+    assert {c.dtype for c in gathers if "t_embedder" not in c.op_name} == {"bf16"}
     # Two bytes of each parameter, as a ring sends them to eight chips: gathered forward and again
     # backward, scattered once; shards that do not fill tiles are filled up.
     once = 2 * (n["parameters_gib"] * 2**30 * 8 / 4) / 1e9 * 7 / 8
