@@ -60,13 +60,15 @@ class Bundles:
 
 def read(folder: str | pathlib.Path, kernels: Iterable[Kernel]) -> dict[str, Bundles]:
     """The kernels of a program by name, from the folder that its compilation was dumped to."""
+    kernels = list(kernels)
+    own = {kernel.name: _files(folder, kernel.name) for kernel in kernels}
     found = {}
     for kernel in kernels:
-        files = [
-            path
-            for path in pathlib.Path(folder).glob("*-final_bundles.txt")
-            if re.fullmatch(rf"\d+-{re.escape(kernel.name)}-\d+-final_bundles\.txt", path.name)
-        ]
+        # Equal kernels are compiled once, under the name of one of them.
+        files = own[kernel.name] or next(
+            (own[other.name] for other in kernels if other.code == kernel.code and own[other.name]),
+            [],
+        )
         if len(files) != 1:
             raise ValueError(
                 f"{len(files)} files in {folder} hold the bundles of the kernel {kernel.name}, not "
@@ -75,6 +77,14 @@ def read(folder: str | pathlib.Path, kernels: Iterable[Kernel]) -> dict[str, Bun
             )
         found[kernel.name] = parse(kernel.name, files[0].read_text())
     return found
+
+
+def _files(folder: str | pathlib.Path, name: str) -> list[pathlib.Path]:
+    return [
+        path
+        for path in pathlib.Path(folder).glob("*-final_bundles.txt")
+        if re.fullmatch(rf"\d+-{re.escape(name)}-\d+-final_bundles\.txt", path.name)
+    ]
 
 
 def parse(name: str, text: str) -> Bundles:

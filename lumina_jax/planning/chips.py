@@ -6,6 +6,8 @@ matrix products, which come to 90 to 98 % of the peak at them.
 """
 
 import dataclasses
+import importlib.util
+import math
 import os
 import re
 
@@ -21,6 +23,9 @@ class Chip:
 
     name: str
     libtpu_name: str
+    num_dims: int  # of the torus of a slice
+    largest_slice: int  # chips
+    hbm_gib: float  # of it, what the compiler lets a program have
     flops: float  # a second, bfloat16
     hbm_bytes_per_second: float
     ici_bytes_per_second: float  # one way, over all of its links
@@ -32,15 +37,18 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            name="v5e", libtpu_name="v5e", flops=197e12, hbm_bytes_per_second=819e9,
+            name="v5e", libtpu_name="v5e", num_dims=2, largest_slice=256, hbm_gib=15.75,
+            flops=197e12, hbm_bytes_per_second=819e9,
             ici_bytes_per_second=180e9, dcn_bytes_per_second=3.1e9, clock=1.5e9,
         ),
         Chip(
-            name="v5p", libtpu_name="v5", flops=459e12, hbm_bytes_per_second=2765e9,
+            name="v5p", libtpu_name="v5", num_dims=3, largest_slice=6144, hbm_gib=95.73,
+            flops=459e12, hbm_bytes_per_second=2765e9,
             ici_bytes_per_second=540e9, dcn_bytes_per_second=6.2e9, clock=1.75e9,
         ),
         Chip(
-            name="v6e", libtpu_name="v6e", flops=918e12, hbm_bytes_per_second=1640e9,
+            name="v6e", libtpu_name="v6e", num_dims=2, largest_slice=256, hbm_gib=31.24,
+            flops=918e12, hbm_bytes_per_second=1640e9,
             ici_bytes_per_second=360e9, dcn_bytes_per_second=12.5e9, clock=1.75e9,
         ),
     )
@@ -57,13 +65,20 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str) -> "Topology":
-        match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)+)", text)
+        match = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)+)", text)
         if match is None or match[2] not in CHIPS:
             raise InputError(
                 f"--topology={text!r} is not one such as v5e:16x16, v5p:4x4x4, v6e:16x16, or "
                 f"2*v5e:16x16 for two slices; chips: {', '.join(CHIPS)}."
             )
-        return cls(CHIPS[match[2]], tuple(map(int, match[3].split("x"))), int(match[1] or 1))
+        topology = cls(CHIPS[match[2]], tuple(map(int, match[3].split("x"))), int(match[1] or 1))
+        chip, sizes = topology.chip, len(topology.shape)
+        if sizes != chip.num_dims or topology.chips_per_slice > chip.largest_slice:
+            raise InputError(
+                f"--topology={text!r}: a slice of {chip.name} has {chip.num_dims} sizes and at "
+                f"most {chip.largest_slice} chips, not {sizes} and {topology.chips_per_slice}."
+            )
+        return topology
 
     def __str__(self) -> str:
         slices = f"{self.num_slices}*" if self.num_slices > 1 else ""
@@ -71,10 +86,7 @@ class Topology:
 
     @property
     def chips_per_slice(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def num_chips(self) -> int:
@@ -82,6 +94,11 @@ class Topology:
 
     def devices(self) -> list:
         """What to compile for; slice after slice."""
+        if importlib.util.find_spec("libtpu") is None:
+            raise InputError(
+                "Compiling for TPUs needs their compiler, also where there is no TPU: "
+                "pip install 'lumina-jax[plan]' (or [tpu] on a TPU machine)."
+            )
         set_environment()
         name = f"{self.chip.libtpu_name}:{'x'.join(map(str, self.shape))}"
         slices = {"num_slices": self.num_slices} if self.num_slices > 1 else {}
@@ -89,8 +106,7 @@ class Topology:
             found = topologies.get_topology_desc(platform="tpu", topology_name=name, **slices)
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             raise InputError(
-                f"libtpu cannot compile for {self}: {str(error).strip().splitlines()[0]} It is in "
-                f"the extra [tpu], and it knows which shapes each chip comes in."
+                f"libtpu has no such slice: {self}. {str(error).strip().splitlines()[0]}."
             ) from None
         return list(found.devices)
 

@@ -23,6 +23,7 @@ The text of libtpu, where it is not what one would guess:
 import collections
 import dataclasses
 import functools
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable
@@ -124,6 +125,7 @@ class Kernel:
     name: str  # of the instruction; files of its bundles carry it
     op_name: str
     metadata: str  # what its author said of it, such as block sizes; often nothing
+    code: str  # a digest of what it computes; libtpu compiles equal kernels once
     operands: tuple[ArrayType, ...]
     results: tuple[ArrayType, ...]
     executions: int
@@ -315,12 +317,14 @@ class _Walk:
             self.host[0 if to_host else 1] += size * frame.executions
 
     def note_kernel(self, frame: Frame, instruction: Instruction) -> None:
-        types = (frame.type(name) for name in instruction.operands)
+        types = [frame.type(name) for name in instruction.operands]
+        body = instruction.find(r'"body":"([^"]*)"')
         self.kernels.append(
             Kernel(
                 name=instruction.name,
                 op_name=instruction.op_name,
                 metadata=instruction.find(r"kernel_metadata=\{(.*?)\}\}, metadata="),
+                code=hashlib.sha256(repr((instruction.type, types, body)).encode()).hexdigest(),
                 operands=tuple(itertools.chain.from_iterable(map(arrays_in, types))),
                 results=arrays_in(instruction.type),
                 executions=frame.executions,

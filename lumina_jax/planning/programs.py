@@ -1,8 +1,7 @@
 """The programs of a run, lowered for TPUs that are not at hand: step, sampler, frozen encoders.
 
 They are the very functions that training and sampling jit. Only arrays and weights are missing, so
-nothing is read or downloaded; an encoder whose files would say its sizes has those of the released
-one.
+nothing is downloaded: an encoder has the sizes that a local folder gives it, or the released ones.
 """
 
 import dataclasses
@@ -12,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from ml_collections import ConfigDict
 
-from lumina_jax import sharding, train
+from lumina_jax import compiler, sharding, train
 from lumina_jax.data.records import num_tokens
+from lumina_jax.errors import InputError
 from lumina_jax.frozen.autoencoder import VAE, Autoencoder, make_autoencoder
 from lumina_jax.frozen.encoder import Encoder
 from lumina_jax.frozen.gemma2 import Gemma2TextEncoder
@@ -24,6 +25,12 @@ from lumina_jax.models import gemma2, next_dit, vae
 from lumina_jax.sampling.pipeline import Pipeline, typed
 from lumina_jax.sampling.sampler import SamplerConfig
 from lumina_jax.types import Batch, ImageTokens
+
+# Names of weights whose sizes are known here.
+RELEASED = {
+    "text_encoder": ("Alpha-VLLM/Lumina-Image-2.0", "google/gemma-2-2b"),
+    "autoencoder": ("Alpha-VLLM/Lumina-Image-2.0", "black-forest-labs/FLUX.1-dev"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,8 @@ class Lowered:
       flops: Operations asked for, on all chips; no recomputation.
       num_images: Pictures that one run of it learns from, makes or encodes.
       inputs: Bytes on a chip of each kind of input.
+      sequences: Lengths of the sequences in which tokens attend to each other.
+      compiler_options: That it is compiled with.
     """
 
     name: str
@@ -43,6 +52,8 @@ class Lowered:
     flops: float
     num_images: int
     inputs: Mapping[str, int]
+    sequences: tuple[int, ...]
+    compiler_options: Mapping[str, str]
 
 
 def lower_train(
@@ -88,6 +99,10 @@ def lower_train(
             "optimizer": _bytes(state.opt_state),
             "batch": _bytes(batch),
         },
+        sequences=_sequences(
+            [slots, slots // 16] if config.flow.auxiliary_weight else [slots], text_slots
+        ),
+        compiler_options=compiler.options(mesh),
     )
 
 
@@ -96,6 +111,7 @@ def lower_sample(
 ) -> Lowered:
     """The sampler of `num_images` pictures, with captions and decoder, all in bfloat16."""
     text_encoder, autoencoder = _encoders(config)
+    _with_weights(text_encoder, autoencoder)
     model = train.model_config(config, text_encoder, autoencoder)
     text_slots = text_slots or text_encoder.max_tokens
     settings = config.sampling.to_dict()
@@ -105,6 +121,12 @@ def lower_sample(
         model, None, text_encoder=text_encoder, autoencoder=autoencoder, defaults=defaults,
         size=(height, width), system_prompt=prompt, mesh=mesh,
     )  # fmt: skip
+    shards = sharding.batch_shards(mesh)
+    if num_images < 1 or num_images % shards:
+        raise InputError(
+            f"--batch_size={num_images} pictures do not split over {shards} part(s) of the mesh; "
+            f"give a multiple of {shards}."
+        )
     params = typed(next_dit.abstract_params(model), model.dtype)
     params = _placed(params, sharding.tree_shardings(params, mesh))
     text_params, image_params = _encoder_params(text_encoder, autoencoder, mesh)
@@ -126,8 +148,8 @@ def lower_sample(
     image_tokens = height * width // pipeline.pixels_per_token**2
     forwards = len(defaults.numbers().times) + defaults.num_guided()
     flops = forwards * next_dit.forward_flops(model, image_tokens, text_slots)
-    flops += 2 * _text_flops(text_encoder, text_slots)
-    flops += _image_flops(autoencoder, height, width)[1]
+    flops += 2 * gemma2.forward_flops(text_encoder.cfg, text_slots)
+    flops += vae.forward_flops(autoencoder.cfg, height, width)[1]
     return Lowered(
         name="sample",
         lowered=lowered,
@@ -139,12 +161,15 @@ def lower_sample(
             "autoencoder": _bytes(image_params),
             "batch": _bytes(batch),
         },
+        sequences=_sequences([image_tokens], text_slots),
+        compiler_options=compiler.options(mesh),
     )
 
 
 def lower_encode(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[Lowered]:
     """The frozen programs of a training batch: text, and pictures of the square bucket."""
     text_encoder, autoencoder = _encoders(config)
+    _with_weights(text_encoder, autoencoder)
     model = train.model_config(config, text_encoder, autoencoder)
     train.check_batch_size(config, mesh)
     side, batch_size = config.data.resolution, config.train.batch_size
@@ -160,6 +185,7 @@ def lower_encode(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[Lowered]:
         num_slots=num_tokens(side, autoencoder.downscale * model.patch_size),
         pooled=bool(config.flow.auxiliary_weight),
         seed=config.seed,
+        settings=dict,
     )
     slots = text_encoder.max_tokens
     ids = _split(mesh, (batch_size, slots), jnp.int32)
@@ -173,34 +199,65 @@ def lower_encode(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[Lowered]:
         Lowered(
             name="encode text",
             lowered=text,
-            flops=float(batch_size * _text_flops(text_encoder, slots)),
+            flops=float(batch_size * gemma2.forward_flops(text_encoder.cfg, slots)),
             num_images=batch_size,
             inputs={"text encoder": _bytes(text_params), "batch": _bytes((ids, mask))},
+            sequences=(slots,),
+            compiler_options={},
         ),
         Lowered(
             name="encode images",
             lowered=pictures,
-            flops=float(batch_size * _image_flops(autoencoder, side, side)[0]),
+            flops=float(batch_size * vae.forward_flops(autoencoder.cfg, side, side)[0]),
             num_images=batch_size,
             inputs={"autoencoder": _bytes(image_params), "batch": _bytes(images)},
+            sequences=((side // autoencoder.downscale) ** 2,),
+            compiler_options={},
         ),
     ]
 
 
 def _encoders(config: ConfigDict) -> tuple[TextEncoder, Autoencoder]:
     text, image = config.text_encoder.to_dict(), config.autoencoder.to_dict()
-    if text["kind"] == "gemma2":
+    if text["kind"] == "gemma2" and _is_released("text_encoder", text["path"]):
         del text["kind"], text["path"]
         text_encoder = Gemma2TextEncoder.of_released_sizes(**text)
     else:
         text_encoder = make_text_encoder(**text)
-    if image["kind"] == "vae":
+    if image["kind"] == "vae" and _is_released("autoencoder", image["path"]):
         del image["kind"], image["path"]
         return text_encoder, VAE.of_released_sizes(**image)
     return text_encoder, make_autoencoder(**image)
 
 
-def _encoder_params(text_encoder, autoencoder, mesh):
+def _sequences(images: list[int], text: int) -> tuple[int, ...]:
+    """Pictures alone and text alone in the refiners, joined in the layers."""
+    return tuple(sorted({text, *images, *(image + text for image in images)}))
+
+
+def _is_released(section: str, path: str) -> bool:
+    """Whether a path names the released weights, and not a folder whose config can be read."""
+    if path in ("", *RELEASED[section]):
+        return True
+    if not epath.Path(path).exists():
+        raise InputError(
+            f"config.{section}.path={path!r} is no folder here, and planning downloads nothing. "
+            f"Name a local folder, whose sizes are read, or plan with the released sizes: "
+            f"{' or '.join(RELEASED[section])}."
+        )
+    return False
+
+
+def _with_weights(text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
+    if not isinstance(text_encoder, Gemma2TextEncoder) or not isinstance(autoencoder, VAE):
+        raise InputError(
+            "--what=sample and --what=encode plan the frozen encoders gemma2 and vae; the others "
+            "are small. Set --config.text_encoder.kind=gemma2 and --config.autoencoder.kind=vae, "
+            "or plan --what=train."
+        )
+
+
+def _encoder_params(text_encoder: Gemma2TextEncoder, autoencoder: VAE, mesh):
     found = []
     for encoder, rules in (
         (text_encoder, sharding.GEMMA2_RULES),
@@ -209,14 +266,6 @@ def _encoder_params(text_encoder, autoencoder, mesh):
         abstract = encoder.abstract_params()
         found.append(_placed(abstract, sharding.tree_shardings(abstract, mesh, rules)))
     return found
-
-
-def _text_flops(text_encoder, num_tokens: int) -> int:
-    return gemma2.forward_flops(text_encoder.cfg, num_tokens)
-
-
-def _image_flops(autoencoder, height: int, width: int) -> tuple[int, int]:
-    return vae.forward_flops(autoencoder.cfg, height, width)
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:

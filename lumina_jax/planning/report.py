@@ -10,7 +10,11 @@ asked, so a time is good for ranking two plans and for telling what binds, and i
     MFU      = operations that the model asks for / (time * peak)
 """
 
-import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import math
+import pathlib
 import re
 import resource
 import time
@@ -23,91 +27,142 @@ from lumina_jax.planning.chips import Topology
 from lumina_jax.planning.programs import Lowered
 
 GIB = 2**30
+# How libtpu says that a program is too large: needed, then available. The first counts inputs too.
+_TOO_LARGE = (
+    (r"total memory required for .*?\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", "HBM"),
+    (r"Used ([\d.]+\w) of ([\d.]+\w) hbm", "HBM"),
+    (r"Used ([\d.]+\w) of ([\d.]+\w) vmem", "vector memory"),
+    (r"Scoped allocation with size ([\d.]+\w) and limit ([\d.]+\w)", "scoped vector memory"),
+)
+# Matrix products in an attention kernel, each of 2 T T d operations a head: scores and values
+# forward; both again, and the gradients of queries, keys and values backward.
+_PRODUCTS = {"flash_forward": 2, "flash_backward": 5, "splash_mha_fwd": 2, "splash_mha_dkv": 5}
 
 
 class DoesNotFitError(Exception):
-    """The compiler found the program too large for the memory of a chip."""
+    """The compiler found the program too large for a memory of the chip; both sizes in bytes."""
 
-    def __init__(self, needed: str, available: str, where: str):
-        super().__init__(f"needs {needed} of {where}, has {available}")
-        self.needed, self.available = needed, available
+    def __init__(self, needed: float, available: float, memory: str, where: str):
+        at = f" in {where}" if where else ""
+        super().__init__(f"needs {_size(needed)} of {memory}{at}, has {_size(available)}")
+        self.needed, self.available, self.memory = needed, available, memory
 
 
-def compile_and_report(lowered: Lowered, topology: Topology, dump: str | None) -> dict[str, float]:
-    """The numbers of a program; a key's unit is its last word, or it is a share or a ratio.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was found of a program.
+
+    Attributes:
+      numbers: By name; the unit is the last word of it, else it is a share, a ratio or a count. The
+        same program and the same libtpu give the same ones.
+      timings: Of this compilation on this machine.
+      text: The compiled program.
+    """
+
+    numbers: dict[str, float]
+    timings: dict[str, float]
+    text: str
+
+
+def compile_and_report(lowered: Lowered, topology: Topology, dump: str) -> Report:
+    """Compiles a program, and reads it.
 
     Args:
       lowered: The program.
       topology: That it was lowered for.
-      dump: The folder of bundles.dump_flags; None leaves the kernels' time out.
+      dump: The folder of bundles.dump_flags. What lies in it is deleted first.
     """
+    for old in pathlib.Path(dump).iterdir():  # a kernel of another program may have the same name
+        old.unlink()
     began, cpu_began = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise (_does_not_fit(str(error)) or error) from None
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    program = hlo.analyze(compiled.as_text())
-    kernels = bundles.read(dump, program.kernels) if dump and program.kernels else {}
-    numbers = {
-        **_memory(lowered, compiled.memory_analysis()),
-        **_operations(lowered, topology, program, kernels),
-        "compile_seconds": seconds,
-        "compile_cpu_seconds": cpu_seconds,
+        if too_large := does_not_fit(str(error)):
+            raise too_large from None
+        raise
+    timings = {
+        "compile_seconds": time.perf_counter() - began,
+        "compile_cpu_seconds": time.process_time() - cpu_began,
         "host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
     }
-    return numbers
+    text = compiled.as_text()
+    program = hlo.analyze(text)
+    kernels = bundles.read(dump, program.kernels)
+    numbers = _memory(lowered, compiled.memory_analysis())
+    numbers |= operations(lowered, topology, program, kernels)
+    return Report(numbers=numbers, timings=timings, text=text)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers, beside this package."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+
+
+def key(lowered: Lowered, topology: Topology) -> str:
+    """Programs with the same key give the same numbers."""
+    options = sorted(lowered.compiler_options.items())
+    parts = (lowered.lowered.as_text(), str(topology), options, sorted(versions().items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def hottest(text: str, num: int, clock: float) -> list[str]:
-    """The instructions that take longest, as lines."""
+    """The instructions that take longest by the compiler's estimate, as lines."""
     return [
-        f"{1e3 * cost.cycles / clock:8.1f} ms {cost.executions:5d} x {cost.kind:<12} "
+        f"{1e3 * cost.cycles / clock:10.3f} ms {cost.executions:5d} x {cost.kind:<12} "
         f"{cost.name:<40} {cost.op_name[-90:]} {' '.join(map(str, cost.results))[:100]}"
         for cost in hlo.analyze(text).hottest(num)
     ]
 
 
-def _does_not_fit(message: str) -> DoesNotFitError | None:
+def does_not_fit(message: str) -> DoesNotFitError | None:
+    """What an error of the compiler says about memory, if that is what it is about."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
-    match = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)", message)
-    if match is None:
-        match = re.search(
-            r"[Ss]coped allocation with size ([\d.]+\w) and limit ([\d.]+\w)()", message
-        )
-    if match is None:
-        return None
-    return DoesNotFitError(match[1] + "iB", match[2] + "iB", match[3] or "scoped vmem")
+    for pattern, memory in _TOO_LARGE:
+        if match := re.search(pattern, message):
+            where = re.search(r'op_name="([^"]*)"', message) if memory != "HBM" else None
+            needed, available = map(_bytes, match.groups())
+            return DoesNotFitError(needed, available, memory, where[1] if where else "")
+    return None
+
+
+def _bytes(text: str) -> float:
+    return float(text[:-1]) * 1024.0 ** ("BKMGT".index(text[-1]))
+
+
+def _size(num_bytes: float) -> str:
+    """In GiB, or what is below one in MiB."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def _memory(lowered: Lowered, memory) -> dict[str, float]:
-    """By kind, in GiB."""
+    """By kind, in GiB. All but the pinned memory of the host is HBM."""
     inputs = {f"{name.replace(' ', '_')}_gib": n / GIB for name, n in lowered.inputs.items()}
-    peak = memory.peak_memory_in_bytes
+    peak, arguments = memory.peak_memory_in_bytes, memory.argument_size_in_bytes
     return {
         "peak_gib": peak / GIB,
         **inputs,
-        "temporaries_gib": (peak - memory.argument_size_in_bytes) / GIB,
+        "padding_gib": (arguments - sum(lowered.inputs.values())) / GIB,
+        "temporaries_gib": (peak - arguments) / GIB,
         "code_gib": memory.generated_code_size_in_bytes / GIB,
         "pinned_host_gib": memory.host_temp_size_in_bytes / GIB,
     }
 
 
-def _operations(
+def operations(
     lowered: Lowered,
     topology: Topology,
     program: hlo.Program,
     kernels: Mapping[str, bundles.Bundles],
 ) -> dict[str, float]:
-    chip, num_chips = topology.chip, topology.num_chips
-    asked = lowered.flops / num_chips
+    """Operations, traffic and time of a chip in one run of the program."""
+    chip = topology.chip
+    asked = lowered.flops / topology.num_chips
     kernel_flops = sum(k.executions * flops_of_kernel(k) for k in program.kernels)
     compiled = program.dot_flops + kernel_flops
     kernel_seconds = sum(
-        k.executions * kernels[k.name].cycles / chip.clock
-        for k in program.kernels
-        if k.name in kernels
+        k.executions * kernels[k.name].cycles / chip.clock for k in program.kernels
     )
     traffic = _traffic(program, topology)
     links = {"ici": chip.ici_bytes_per_second, "dcn": chip.dcn_bytes_per_second}
@@ -116,6 +171,7 @@ def _operations(
     roofline = max(compiled / chip.flops, *seconds_on.values())
     estimate = program.cycles / chip.clock + kernel_seconds + waiting
     ideal = asked / chip.flops
+    cycles_by = {kind: program.cycles_by.get(kind, 0) for kind in hlo.KINDS}
     return {
         "asked_tflop": asked / 1e12,
         "compiled_tflop": compiled / 1e12,
@@ -125,7 +181,7 @@ def _operations(
         "ici_seconds": seconds_on["ici"],
         "dcn_seconds": seconds_on["dcn"],
         "host_gb": (program.host_bytes.to_host + program.host_bytes.from_host) / 1e9,
-        **{f"{kind}_seconds": cycles / chip.clock for kind, cycles in program.cycles_by.items()},
+        **{f"{kind}_seconds": cycles / chip.clock for kind, cycles in cycles_by.items()},
         "kernels_seconds": kernel_seconds,
         "waiting_seconds": waiting,
         "roofline_seconds": roofline,
@@ -133,60 +189,43 @@ def _operations(
         "step_seconds": estimate,
         "mfu": ideal / estimate,
         "images_per_second": lowered.num_images / estimate,
-        "score_buffers": float(_num_score_buffers(program)),
+        "score_buffers": float(_num_score_buffers(program, lowered.sequences)),
+        "kernels_of_unknown_tflop": float(
+            sum(flops_of_kernel(kernel) == 0 for kernel in program.kernels)
+        ),
     }
 
 
 def _traffic(program: hlo.Program, topology: Topology) -> dict[str, float]:
-    """GB that a chip receives, by network, by collective, and how much of it may be hidden."""
-    found: dict[str, float] = collections.defaultdict(float)
-    for name in ("ici", "dcn"):
-        for part in ("", "_sync"):
-            found[f"{name}{part}_gb"] = 0.0
-    gathered = hidden = 0.0
+    """GB that a chip sends, by network and collective, and how much of it is waited for."""
+    kinds = [kind.replace("-", "_") for kind in hlo.COLLECTIVES]
+    parts = ("", "_sync", *(f"_{kind}" for kind in kinds))
+    found = {f"{network}{part}_gb": 0.0 for network in ("ici", "dcn") for part in parts}
+    found["fake_gather_gb"] = gathered = hidden = 0.0
     for collective in program.collectives:
         gb = collective.wire_bytes / 1e9
         network = "dcn" if collective.crosses(topology.chips_per_slice) else "ici"
         found[f"{network}_gb"] += gb
-        if not collective.asynchronous:
-            found[f"{network}_sync_gb"] += gb
         found[f"{network}_{collective.kind.replace('-', '_')}_gb"] += gb
-        if collective.fake_gather:
-            found["fake_gather_gb"] += gb
+        found[f"{network}_sync_gb"] += gb * (not collective.asynchronous)
+        found["fake_gather_gb"] += gb * collective.fake_gather
         if collective.kind == "all-gather":
             gathered += gb
             hidden += gb * collective.asynchronous
-    found["fake_gather_gb"] += 0.0
-    found["gather_asynchronous"] = hidden / gathered if gathered else 1.0
-    return dict(found)
+    return found | {"gather_asynchronous": hidden / gathered if gathered else 1.0}
 
 
 def flops_of_kernel(kernel: hlo.Kernel) -> int:
-    """Matrix products of an attention kernel, from the shapes of its queries [.., T, d]."""
-    products = {
-        "flash_forward": 2, "flash_backward": 5, "splash_mha_fwd": 2, "splash_mha_dkv": 5,
-    }  # fmt: skip
-    for name, count in products.items():
+    """Matrix products of an attention kernel, from its queries [.., T, d]; 0 of any other."""
+    for name, count in _PRODUCTS.items():
         if name in kernel.function:
-            *others, num_tokens, head_dim = max(
-                (x.shape for x in kernel.operands if len(x.shape) >= 3 and x.dtype == "bf16"),
-                key=lambda shape: shape[-3:] and _size(shape),
-            )
-            return count * 2 * _size(others) * num_tokens * num_tokens * head_dim
+            shapes = [x.shape for x in kernel.operands if x.dtype in ("bf16", "f32")]
+            *others, num_tokens, head_dim = max(shapes, key=math.prod)
+            return count * 2 * math.prod(others) * num_tokens * num_tokens * head_dim
     return 0
 
 
-def _size(shape) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
-def _num_score_buffers(program: hlo.Program) -> int:
-    """Arrays [.., T, T] in memory, T being that of any attention kernel."""
-    lengths = {x.shape[-2] for k in program.kernels for x in k.operands if len(x.shape) == 4}
-    return sum(
-        len(b.array.shape) >= 2 and b.array.shape[-1] == b.array.shape[-2] in lengths
-        for b in program.largest
-    )
+def _num_score_buffers(program: hlo.Program, sequences: tuple[int, ...]) -> int:
+    """Arrays [.., T, T] in memory, T being a length of sequence, perhaps filled up to lanes."""
+    squares = {(t, t) for length in sequences for t in (length, -(-length // 128) * 128)}
+    return sum(b.array.shape[-2:] in squares for b in program.largest)

@@ -43,8 +43,10 @@ FIRST = "%p4_p4 = scmp.ne.s32.totalorder %s4_s4, 0"
 DATA = "%s8_s8 = sld [smem:[#allocation4 + %s3_s3]]  ;;  %p4_p4 = scmp.le.s32.totalorder %s8_s8, 0"
 
 
-def kernel(name: str) -> hlo.Kernel:
-    return hlo.Kernel(name=name, op_name="", metadata="", operands=(), results=(), executions=1)
+def kernel(name: str, code: str = "") -> hlo.Kernel:
+    return hlo.Kernel(
+        name=name, op_name="", metadata="", code=code, operands=(), results=(), executions=1
+    )
 
 
 def test_a_region_counts_as_often_as_the_grid_enters_it():
@@ -77,6 +79,15 @@ def test_a_kernel_without_its_file_is_an_error(tmp_path):
     (tmp_path / "17-other.1-01-final_bundles.txt").write_text(CODE)
     with pytest.raises(ValueError, match=r"0 files in .* of the kernel kernel\.1, not one"):
         bundles.read(tmp_path, [kernel("kernel.1")])
+
+
+def test_equal_kernels_have_one_file(tmp_path):
+    (tmp_path / "17-kernel.2-01-final_bundles.txt").write_text(CODE.replace("CONDITION", FIRST))
+    kernels = [kernel("kernel.1", code="a"), kernel("kernel.2", code="a")]
+    read = bundles.read(tmp_path, kernels)
+    assert read["kernel.1"].cycles == read["kernel.2"].cycles
+    with pytest.raises(ValueError, match=r"0 files in .* of the kernel kernel\.3, not one"):
+        bundles.read(tmp_path, [*kernels, kernel("kernel.3", code="b")])
 
 
 def test_two_programs_in_one_folder_are_an_error(tmp_path):
