@@ -55,6 +55,21 @@ def test_losses_agree_on_every_mesh(uninterrupted, config, tmp_path, mesh):
     np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=2e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_losses_of_other_optimizers_agree_on_every_mesh(config, tmp_path, name):
+    config.optim.name = name
+    runs = []
+    for mesh in ((1, 8, 1), (2, 2, 2)):
+        config.mesh.update(dict(zip(("replica", "data", "model"), mesh, strict=True)))
+        workdir = tmp_path / "-".join(map(str, mesh))
+        train(config, str(workdir))
+        runs.append(losses(workdir))
+    assert runs[0].keys() == runs[1].keys() == set(range(1, 7))
+    np.testing.assert_allclose([*runs[1].values()], [*runs[0].values()], rtol=2e-4)
+    assert runs[0][6] < runs[0][1]
+
+
 def test_the_loss_falls_and_pictures_of_the_run_are_written(uninterrupted):
     workdir, _ = uninterrupted
     values = losses(workdir)
