@@ -71,7 +71,7 @@ GEMMA2_RULES = (
 VAE_RULES = ((r"(kernel|bias|scale)$", (None,)),)
 
 # State of an optimizer that is not shaped like a parameter and small enough to be whole everywhere:
-# means over rows and columns (Adafactor), five million numbers for the 2b model.
+# means over rows and columns (Adafactor), six million numbers for the 2b model.
 WHOLE = r"/(v_row|v_col)/"
 
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]

@@ -67,7 +67,6 @@ def test_losses_of_other_optimizers_agree_on_every_mesh(config, tmp_path, name):
         runs.append(losses(workdir))
     assert runs[0].keys() == runs[1].keys() == set(range(1, 7))
     np.testing.assert_allclose([*runs[1].values()], [*runs[0].values()], rtol=2e-4)
-    assert runs[0][6] < runs[0][1]
 
 
 def test_the_loss_falls_and_pictures_of_the_run_are_written(uninterrupted):
