@@ -56,9 +56,16 @@ def test_losses_agree_on_every_mesh(uninterrupted, config, tmp_path, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
-def test_losses_of_other_optimizers_agree_on_every_mesh(config, tmp_path, name):
-    config.optim.name = name
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("optim", "name", "muon"),
+        ("optim", "name", "adafactor"),
+        ("model", "quantization", "int8"),
+    ],
+)
+def test_losses_of_other_settings_agree_on_every_mesh(config, tmp_path, section, key, value):
+    config[section][key] = value
     runs = []
     for mesh in ((1, 8, 1), (2, 2, 2)):
         config.mesh.update(dict(zip(("replica", "data", "model"), mesh, strict=True)))
