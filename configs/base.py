@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     # What the backward pass finds saved, from least to most: full, attention, offload, names, dots,
     # none (lumina_jax/models/stack.py).
     model.remat = "names"
+    model.quantization = "none"  # products with the blocks' kernels in eight bits: int8 or fp8
 
     # How many devices along each axis; the product is their number. -1: what the others leave.
     config.mesh = mesh = ConfigDict()
@@ -75,12 +76,15 @@ def get_config() -> ConfigDict:
     flow.auxiliary_shift = "main"  # main: as upstream, the same; own: of its own tokens
 
     config.optim = optim = ConfigDict()
+    optim.name = "adamw"  # muon or adafactor: less memory
     optim.learning_rate = 2e-4
     optim.warmup_steps = 0
     optim.schedule = "constant"  # or cosine, down to zero at the last step
     optim.b1 = 0.9
     optim.b2 = 0.95
-    optim.eps = 1e-15
+    optim.eps = 1e-15  # of Adam
+    optim.muon_momentum = 0.95  # of the matrices that muon takes; b1, b2, eps are of the others
+    optim.moment_dtype = "float32"  # what moments are kept in between steps; or bfloat16
     optim.weight_decay = 0.0
     optim.grad_clip = 2.0  # global norm
     optim.ema_decay = 0.9999

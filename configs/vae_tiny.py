@@ -35,12 +35,15 @@ def get_config() -> ConfigDict:
     config.loss = ConfigDict({"kl_weight": 1e-4})  # the mean over pixels weighs 1
 
     config.optim = optim = ConfigDict()
+    optim.name = "adamw"  # or adafactor
     optim.learning_rate = 2e-3
     optim.warmup_steps = 50
     optim.schedule = "cosine"
     optim.b1 = 0.9
     optim.b2 = 0.99
     optim.eps = 1e-15
+    optim.muon_momentum = 0.95  # of no use here
+    optim.moment_dtype = "float32"
     optim.weight_decay = 0.0
     optim.grad_clip = 1.0
     optim.ema_decay = 0.99

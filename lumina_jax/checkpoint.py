@@ -88,6 +88,11 @@ class Checkpointer:
             )
         check_same("model", saved["model"], meta["model"], self.directory)
         check_same("data", saved["data"], meta["data"], self.directory)
+        # A checkpoint without the entry is from before there was a choice.
+        check_same(
+            "optimizer", {"name": "adamw"} | saved.get("optimizer", {}), meta["optimizer"],
+            self.directory,
+        )  # fmt: skip
         target = _target(abstract_state, shardings)
         restored = self._manager.restore(
             step,
@@ -219,7 +224,7 @@ def _target(abstract: Any, shardings: Any) -> Any:
 def check_same(what: str, saved: dict, needed: dict, where: epath.Path) -> None:
     """Refuses a checkpoint whose `what` differs, naming every difference."""
     # None of them changes what the arrays mean.
-    ignored = ("attention", "dtype", "remat")
+    ignored = ("attention", "dtype", "quantization", "remat")
     differing = [
         f"{key}: {saved.get(key)!r} there, {needed.get(key)!r} in this run"
         for key in sorted(saved.keys() | needed.keys())

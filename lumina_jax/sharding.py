@@ -31,6 +31,7 @@ AXIS_RULES = {
     "kv_heads": "model",
     "mlp": "model",
     "modulation": "model",
+    "matrices": ("data", "model"),
     "act_batch": ("replica", "data"),
     "act_replica": "replica",  # a batch that is whole where the features are split: a table look-up
     "act_heads": "model",
@@ -68,6 +69,10 @@ GEMMA2_RULES = (
 # The autoencoder is whole everywhere: that of FLUX has 84 million parameters, 0.17 GB in bfloat16,
 # less than its activations for one picture. The batch is split instead.
 VAE_RULES = ((r"(kernel|bias|scale)$", (None,)),)
+
+# State of an optimizer that is not shaped like a parameter and small enough to be whole everywhere:
+# means over rows and columns (Adafactor), six million numbers for the 2b model.
+WHOLE = r"/(v_row|v_col)/"
 
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
@@ -140,7 +145,9 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = PARAM_RULES) -> Any:
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes = param_axes(name, leaf.ndim, rules) if leaf.ndim else ()
+        # A number alone is a count, or what optax leaves where it keeps no moment.
+        whole = leaf.size == 1 or re.search(WHOLE, name)
+        axes = (None,) * leaf.ndim if whole else param_axes(name, leaf.ndim, rules)
         for size, axis in zip(leaf.shape, axes, strict=True):
             parts = math.prod(mesh.shape[a] for a in _mesh_axes(axis))
             if size % parts:
@@ -216,6 +223,16 @@ def _scatter(split, whole, _, gradient):
 
 
 _gathered.defvjp(lambda x, split, whole: (_gathered(x, split, whole), None), _scatter)
+
+
+def spread(x):
+    """Stacked matrices, each whole on one device: zeros are added until they divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    parts = math.prod(mesh.shape[axis] for axis in _mesh_axes("matrices"))
+    x = jax.numpy.pad(x, ((0, -len(x) % parts), (0, 0), (0, 0)))
+    return jax.lax.with_sharding_constraint(x, spec(("matrices", None, None)))
 
 
 def constrain(x, axes):

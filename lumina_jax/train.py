@@ -100,6 +100,7 @@ class Trainer:
             "config": config.to_dict(),
             "model": checkpoint.plain(dataclasses.asdict(self.model)),
             "data": self._data_meta(),
+            "optimizer": {"name": config.optim.name},
         }
 
     def _data_meta(self) -> dict:

@@ -86,6 +86,11 @@ class Trainer:
         self._check_shapes()
 
         optim_config = optim.OptimConfig(**config.optim)
+        if optim_config.name == "muon":
+            raise InputError(
+                "config.optim.name='muon' is for the transformer's matrices, which an autoencoder "
+                "has not; take adamw or adafactor."
+            )
         self.optimizer = optim.make_optimizer(optim_config, config.train.num_steps)
         self.learning_rate = optim.learning_rate(optim_config, config.train.num_steps)
         params = vae.abstract_params(self.cfg)
@@ -117,6 +122,7 @@ class Trainer:
                 "seed": config.seed,
                 "batch_size": config.train.batch_size,
             },
+            "optimizer": {"name": optim_config.name},
         }
 
     def _check_shapes(self) -> None:

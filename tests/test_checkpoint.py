@@ -1,12 +1,14 @@
 """What is saved comes back, on any mesh; what is not ours is refused by name."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from lumina_jax import checkpoint, sharding
+from lumina_jax import checkpoint, optim, sharding
 from lumina_jax.errors import InputError
 from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, init_params
 from lumina_jax.train_step import init_state
@@ -19,13 +21,19 @@ META = {
     "model": {"dim": 64, "remat": "full"},
     "data": {"fingerprint": "a", "seed": 0},
     "config": {},
+    "optimizer": {"name": "adamw"},
 }
 OPTIMIZER = optax.adam(1e-3)
+OPTIM = optim.OptimConfig(
+    name="adamw", learning_rate=1e-3, warmup_steps=0, schedule="constant", b1=0.9, b2=0.95,
+    eps=1e-15, muon_momentum=0.95, moment_dtype="float32", weight_decay=0.1, grad_clip=1.0,
+    ema_decay=0.99,
+)  # fmt: skip
 
 
-def make_state(mesh):
+def make_state(mesh, optimizer=OPTIMIZER):
     def make(key):
-        state = init_state(init_params(MODEL, key), OPTIMIZER)
+        state = init_state(init_params(MODEL, key), optimizer)
         return state._replace(step=jnp.int32(7), ema=jax.tree.map(lambda x: x + 1, state.ema))
 
     shardings = sharding.tree_shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
@@ -64,6 +72,27 @@ def test_a_state_comes_back_on_any_mesh(saved, state, mesh):
     jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(f"{x.sharding}"), restored, shardings)
 
 
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_moments_of_every_optimizer_come_back_on_another_mesh(tmp_path, name):
+    config = dataclasses.replace(OPTIM, name=name, moment_dtype="bfloat16")
+    optimizer = optim.make_optimizer(config, num_steps=10)
+    first, _ = make_state(sharding.make_mesh(replica=2, data=2, model=2), optimizer)
+    # Numbers that say where they belong.
+    numbered = jax.tree.map(
+        lambda x: jax.device_put(np.arange(x.size).reshape(x.shape).astype(x.dtype), x.sharding),
+        first,
+    )
+    checkpointer = make_checkpointer(tmp_path)
+    meta = {**META, "optimizer": {"name": name}}
+    checkpointer.save(numbered, 7, meta)
+    checkpointer.close()
+    checkpointer = make_checkpointer(tmp_path)
+    shardings = sharding.tree_shardings(first, sharding.make_mesh(replica=1, data=8, model=1))
+    restored, _ = checkpointer.restore(jax.eval_shape(lambda: first), shardings, meta)
+    checkpointer.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, numbered)
+
+
 @pytest.mark.parametrize("weights", ["ema", "params"])
 def test_one_set_of_weights_is_read_alone(saved, state, weights):
     mesh = sharding.make_mesh(replica=1, data=1, model=1, devices=jax.devices()[:1])
@@ -95,6 +124,10 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_differences(saved):
         (
             {**META, "data": {"fingerprint": "b", "seed": 0}},
             "another data: fingerprint: 'a' there, 'b'",
+        ),
+        (
+            {**META, "optimizer": {"name": "muon"}},
+            "another optimizer: name: 'adamw' there, 'muon' in this run",
         ),
     ):
         with pytest.raises(InputError, match=message) as caught:

@@ -227,15 +227,14 @@ class JointAttention(nnx.Module):
         self.implementation = cfg.attention
         # The reference initialises q, k and v as one matrix, hence one fan-out for the three.
         fused = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
-        into = {"fans": (cfg.dim, fused), "dtype": cfg.dtype, "rngs": rngs}
+        kind = {"dtype": cfg.dtype, "quantization": cfg.quantization, "rngs": rngs}
+        into = {"fans": (cfg.dim, fused), **kind}
         self.q = Projection("btD,Dhd->bhtd", (cfg.dim, *heads), **into)
         self.k = Projection("btD,Dhd->bhtd", (cfg.dim, *kv_heads), **into)
         self.v = Projection("btD,Dhd->bhtd", (cfg.dim, *kv_heads), **into)
         self.q_norm = RMSNorm(cfg.head_dim, eps=cfg.norm_eps)
         self.k_norm = RMSNorm(cfg.head_dim, eps=cfg.norm_eps)
-        self.out = Projection(
-            "bhtd,hdD->btD", (*heads, cfg.dim), fans=(cfg.dim, cfg.dim), dtype=cfg.dtype, rngs=rngs
-        )
+        self.out = Projection("bhtd,hdD->btD", (*heads, cfg.dim), fans=(cfg.dim, cfg.dim), **kind)
 
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], freqs: rope.Freqs

@@ -25,10 +25,11 @@ class FeedForward(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, cfg, *, rngs: nnx.Rngs):
-        fans = {"fans": (cfg.dim, cfg.hidden_dim), "dtype": cfg.dtype, "rngs": rngs}
-        self.gate = Projection("nD,DF->nF", (cfg.dim, cfg.hidden_dim), **fans)
-        self.up = Projection("nD,DF->nF", (cfg.dim, cfg.hidden_dim), **fans)
-        self.down = Projection("nF,FD->nD", (cfg.hidden_dim, cfg.dim), **fans)
+        kind = {"dtype": cfg.dtype, "quantization": cfg.quantization, "rngs": rngs}
+        kind["fans"] = (cfg.dim, cfg.hidden_dim)
+        self.gate = Projection("nD,DF->nF", (cfg.dim, cfg.hidden_dim), **kind)
+        self.up = Projection("nD,DF->nF", (cfg.dim, cfg.hidden_dim), **kind)
+        self.down = Projection("nF,FD->nD", (cfg.hidden_dim, cfg.dim), **kind)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         # Tokens in one dim: over two, the gradient of a kernel costs a CPU twice the time.

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lumina_jax.models import quantized
+
 
 class Projection(nnx.Module):
     """A linear map written as an einsum, its kernel kept in the shape that the einsum names.
@@ -20,16 +22,21 @@ class Projection(nnx.Module):
         *,
         fans: tuple[int, int],
         dtype: str,
+        quantization: str = "none",
         rngs: nnx.Rngs,
     ):
         self.equation = equation
         self.dtype = dtype
+        self.quantization = quantization
         bound = (6 / sum(fans)) ** 0.5
         kernel = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
         self.kernel = nnx.Param(kernel)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jnp.einsum(self.equation, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if self.quantization != "none":
+            return quantized.einsum(self.equation, x, kernel, self.quantization)
+        return jnp.einsum(self.equation, x, kernel)
 
 
 class RMSNorm(nnx.Module):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from lumina_jax import sharding
 from lumina_jax.errors import InputError
-from lumina_jax.models import rope
+from lumina_jax.models import quantized, rope
 from lumina_jax.models.attention import IMPLEMENTATIONS
 from lumina_jax.models.blocks import FinalLayer, TransformerBlock
 from lumina_jax.models.embed import CaptionEmbedder, TimestepEmbedder
@@ -47,6 +47,7 @@ class NextDiTConfig:
     dtype: str = "bfloat16"
     attention: str = "auto"
     remat: str = "names"
+    quantization: str = "none"
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dims", tuple(self.axes_dims))
@@ -79,6 +80,8 @@ class NextDiTConfig:
             faults.append(f"remat={self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         if self.dtype not in ("float32", "bfloat16"):
             faults.append(f"dtype={self.dtype!r} is not one of float32, bfloat16")
+        if fault := quantized.check(self.quantization):
+            faults.append(fault)
         if faults:
             raise InputError("config.model: " + "; ".join(faults) + ".")
 

@@ -55,6 +55,27 @@ def test_losses_agree_on_every_mesh(uninterrupted, config, tmp_path, mesh):
     np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=2e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("optim", "name", "muon"),
+        ("optim", "name", "adafactor"),
+        ("model", "quantization", "int8"),
+    ],
+)
+def test_losses_of_other_settings_agree_on_every_mesh(config, tmp_path, section, key, value):
+    config[section][key] = value
+    runs = []
+    for mesh in ((1, 8, 1), (2, 2, 2)):
+        config.mesh.update(dict(zip(("replica", "data", "model"), mesh, strict=True)))
+        workdir = tmp_path / "-".join(map(str, mesh))
+        train(config, str(workdir))
+        runs.append(losses(workdir))
+    assert runs[0].keys() == runs[1].keys() == set(range(1, 7))
+    np.testing.assert_allclose([*runs[1].values()], [*runs[0].values()], rtol=2e-4)
+
+
 def test_the_loss_falls_and_pictures_of_the_run_are_written(uninterrupted):
     workdir, _ = uninterrupted
     values = losses(workdir)

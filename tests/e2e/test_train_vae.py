@@ -142,3 +142,9 @@ def test_a_run_that_cannot_work_is_refused_before_it_starts(config, tmp_path, ch
 def test_a_run_on_a_bucket_is_refused_because_its_autoencoder_could_not_be_read(config):
     with pytest.raises(InputError, match="--workdir=gs://here/vae is not on a local disk"):
         Trainer(config, "gs://here/vae")
+
+
+def test_muon_is_refused(config, tmp_path):
+    config.optim.name = "muon"
+    with pytest.raises(InputError, match="'muon' is for the transformer's matrices"):
+        Trainer(config, str(tmp_path))
