@@ -87,11 +87,15 @@ def take_over(
 
 
 def resume(kept: Any, fresh: Any) -> Any:
-    """The optimizer's state `kept`, with the schedule's count of `fresh`, in whichever order."""
+    """The optimizer's state `kept`, but for the count of its schedule, which is that of `fresh`."""
 
     def is_schedule(node):
         return isinstance(node, optax.ScaleByScheduleState)
 
+    if not any(map(is_schedule, jax.tree.leaves(fresh, is_leaf=is_schedule))):
+        raise ValueError(
+            "No optax.ScaleByScheduleState: where does this optimizer count its steps?"
+        )
     return jax.tree.map(
         lambda old, new: new if is_schedule(new) else old, kept, fresh, is_leaf=is_schedule
     )
@@ -159,13 +163,15 @@ def _report(
     differing = ["published weights have none to compare with"]
     if saved:
         differing = _differences(saved["config"], config) or ["the same"]
-        num_steps = saved["config"].get("train", {}).get("num_steps")
-        title += f", step {directory.name} of {num_steps}" if num_steps else ", weights alone"
+        if saved["data"] is None:
+            title += ", weights alone"
+        else:
+            title += f", step {directory.name} of {saved['config']['train']['num_steps']}"
     if init_optimizer == "kept":
         leaves = jax.tree.leaves(state.opt_state)
+        counts = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.integer)]
         moments = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        # The schedule's count is zero by now.
-        updates = max((int(leaf) for leaf in leaves if leaf.ndim == 0), default=0)
+        updates = max(int(count) for count in counts)  # that of the schedule is zero
         optimizer = f"kept: {_describe(moments)}; of {updates} updates"
     lines = {
         "weights": f"{weights}: {_describe(state.params)}",
@@ -185,8 +191,16 @@ def _describe(tree: Any) -> str:
 
 
 def _differences(saved: dict, config: dict) -> list[str]:
-    """Settings that differ, one a line; a key that one side does not have is absent there."""
-    there, here = (dict(_flat(json.loads(json.dumps(c)))) for c in (saved, config))
+    """Settings that differ, one a line, of the sections that both have.
+
+    Converted weights know three sections only; a key that one side does not have is absent there.
+    """
+    both = saved.keys() & config.keys()
+    there, here = (
+        # As JSON returns it: a tuple is a list.
+        dict(_flat(json.loads(json.dumps({name: side[name] for name in both}))))
+        for side in (saved, config)
+    )
     return [
         f"{key}: {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
         for key in sorted(there.keys() | here.keys())

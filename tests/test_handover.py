@@ -17,7 +17,7 @@ MODEL = NextDiTConfig(
 )  # fmt: skip
 # Of one layer: nothing here asks what the parameters are of.
 PARAMS = {"x_embedder": abstract_params(MODEL)["x_embedder"]}
-CONFIG = {"optim": {"name": "adam"}, "train": {"num_steps": 5, "init_from": ""}, "old": 1}
+CONFIG = {"optim": {"name": "adam"}, "train": {"num_steps": 5, "init_from": "", "old": 1}}
 NUM_UPDATES = 5
 
 
@@ -128,15 +128,22 @@ def test_kept_moments_step_as_before_at_the_learning_rate_of_the_first_step(work
 
 
 def test_the_report_names_what_differs_between_the_configs(workdir, mesh):
-    config = {"optim": {"name": "adam"}, "train": {"num_steps": 7, "init_from": "x"}, "new": (1, 2)}
+    train = {"num_steps": 7, "init_from": "x", "new": (1, 2)}
+    config = {"optim": {"name": "adam"}, "train": train, "sampling": {"height": 8}}
     _, report = take_over(workdir, mesh, config=config)
     differing = report.split("config")[1]
     assert [line.strip() for line in differing.splitlines()] == [
-        "new: 'absent' there, [1, 2] here",
-        "old: 1 there, 'absent' here",
+        "train.new: 'absent' there, [1, 2] here",
         "train.num_steps: 5 there, 7 here",
+        "train.old: 1 there, 'absent' here",
     ]
     assert "the same" in take_over(workdir, mesh)[1]
+
+
+def test_an_optimizer_that_counts_its_steps_elsewhere_is_not_resumed():
+    state = optax.adam(1e-3).init(PARAMS)
+    with pytest.raises(ValueError, match=r"No optax\.ScaleByScheduleState"):
+        handover.resume(state, state)
 
 
 def test_moments_of_another_optimizer_are_refused(workdir, mesh):
