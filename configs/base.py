@@ -99,6 +99,7 @@ def get_config() -> ConfigDict:
     train.keep_checkpoint_every = 10_000  # steps; these are kept for ever
     train.init_from = ""  # workdir of the stage before, or published weights
     train.init_weights = "ema"  # of a workdir; or params
+    train.init_optimizer = "fresh"  # or kept: the moments of a workdir, under a new schedule
 
     # Where compiled programs are kept for the next start, a local folder or a bucket that all
     # processes see. Empty: where JAX_COMPILATION_CACHE_DIR says, else <workdir>/compiled.

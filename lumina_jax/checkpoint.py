@@ -12,9 +12,7 @@ import dataclasses
 from typing import Any
 
 import jax
-import optax
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
@@ -23,6 +21,7 @@ from lumina_jax.train_step import TrainState
 
 _DIRECTORY = "checkpoints"
 _ITEMS = ("state", "data", "meta")
+WEIGHTS = ("ema", "params")  # sets of weights that a checkpoint of a run has
 
 
 class Checkpointer:
@@ -176,42 +175,37 @@ def load_params(
     directory: epath.Path, abstract_params: Any, shardings: Any, *, weights: str
 ) -> Any:
     """One set of weights of a checkpoint, "ema" or "params"; nothing else is read."""
-    if weights not in ("ema", "params"):
-        raise InputError(f"weights={weights!r} is not one of ema, params.")
-    target = {weights: _target(abstract_params, shardings)}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    if weights not in WEIGHTS:
+        raise InputError(f"weights={weights!r} is not one of {', '.join(WEIGHTS)}.")
     _tree(directory, weights)
+    return load_part(directory, weights, abstract_params, shardings)
+
+
+def load_part(directory: epath.Path, name: str, abstract: Any, shardings: Any) -> Any:
+    """One part of a state, laid out by `shardings`; nothing else is read."""
+    target = {name: _target(abstract, shardings)}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restored = reader.restore(
             directory / "state",
             args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
         )
-    return restored[weights]
+    return restored[name]
+
+
+def parts(directory: epath.Path) -> dict[str, Any]:
+    """Shapes and types of a state on the disk, by part."""
+    return ocp.PyTreeCheckpointHandler().metadata(directory / "state").tree
 
 
 def _tree(directory, weights):
     """Shapes and types of one set of weights on disk."""
-    there = ocp.PyTreeCheckpointHandler().metadata(directory / "state").tree
+    there = parts(directory)
     if weights not in there:
         raise InputError(
             f"{directory} has no weights {weights!r}, only {', '.join(there)}; ask for those."
         )
     return there[weights]
-
-
-def init_from(
-    path: epath.PathLike, abstract_params: Any, shardings: Any, *, weights: str, model: dict
-) -> Any:
-    """The weights that a stage starts with, from the run of the stage before."""
-    directory = find(path)
-    check_same("model", load_meta(directory)["model"], model, directory)
-    params = load_params(directory, abstract_params, shardings, weights=weights)
-    leaves, norm = jax.tree.leaves(params), jax.jit(optax.tree.norm)(params)
-    logging.info(
-        "Started from %s (%s): %d arrays, %d numbers, norm %.6g. All else is new.",
-        directory, weights, len(leaves), sum(leaf.size for leaf in leaves), norm,
-    )  # fmt: skip
-    return params
 
 
 def _target(abstract: Any, shardings: Any) -> Any:

@@ -8,7 +8,6 @@ Run again with the same --workdir, it goes on from the newest checkpoint.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from lumina_jax import (
     executables,
     files,
     flow,
+    handover,
     loop,
     metrics,
     optim,
@@ -46,7 +46,6 @@ from lumina_jax.models import next_dit
 from lumina_jax.sampling.contact_sheet import contact_sheet
 from lumina_jax.sampling.pipeline import Pipeline, from_sections
 from lumina_jax.train_step import TrainState, init_state, make_train_step
-from lumina_jax.weights.next_dit import open_transformer
 
 
 def define_flags() -> None:
@@ -143,35 +142,33 @@ class Trainer:
     def init_state(self) -> tuple[TrainState, int]:
         """The state to begin with, and the index of the first batch.
 
-        This run's newest checkpoint, else the weights of `train.init_from`, else a fresh model.
+        This run's newest checkpoint, else what `train.init_from` hands over, else a fresh model.
         """
         abstract, shardings = self.program.abstract_state, self.program.shardings
         if (step := self.checkpointer.latest_step()) is not None:
             logging.info("Going on from step %d in %s.", step, self.checkpointer.directory)
             return self.checkpointer.restore(abstract, shardings, self.meta)
-        make_state = functools.partial(init_state, optimizer=self.program.optimizer)
-        if source := self.config.train.init_from:
-            params = self._init_from(source, abstract.params, shardings.params)
-            return jax.jit(make_state, out_shardings=shardings)(params), 0
+        train = self.config.train
+        if train.init_from:
+            state, report = handover.take_over(
+                train.init_from,
+                abstract,
+                shardings,
+                optimizer=self.program.optimizer,
+                learning_rate=self.learning_rate,
+                model=self.model,
+                config=self.meta["config"],
+                init_weights=train.init_weights,
+                init_optimizer=train.init_optimizer,
+            )
+            logging.info("%s", report)
+            return state, 0
 
         def make(key):
-            return make_state(next_dit.init_params(self.model, key))
+            return init_state(next_dit.init_params(self.model, key), self.program.optimizer)
 
         # Drawn where it lies: no device, and no host, ever holds all of it.
         return jax.jit(make, out_shardings=shardings)(jax.random.key(self.config.seed)), 0
-
-    def _init_from(self, source: str, abstract, shardings):
-        """The weights of another run, or those that others publish."""
-        model = self.meta["model"]
-        if checkpoint.is_run(source):
-            weights = self.config.train.init_weights
-            return checkpoint.init_from(source, abstract, shardings, weights=weights, model=model)
-        # What a lone file does not tell is taken to be as here.
-        known = {"patch_size": self.model.patch_size, "axes_dims": self.model.axes_dims}
-        with open_transformer(source, **known) as found:
-            theirs = checkpoint.plain(dataclasses.asdict(found.cfg))
-            checkpoint.check_same("model", theirs, model, epath.Path(source))
-            return found.load(abstract, shardings)
 
     def preview(self, state: TrainState, step: int, writer: metrics.Writer) -> None:
         """Draws the preview prompts with the averaged weights, as a contact sheet."""
@@ -422,6 +419,14 @@ def _check_numbers(config: ConfigDict) -> None:
         )
     if preview.every and not preview.prompts:
         faults.append("preview.prompts is empty; name one, or set preview.every=0")
+    for key, choices in (
+        ("init_weights", checkpoint.WEIGHTS),
+        ("init_optimizer", handover.OPTIMIZERS),
+    ):
+        if train[key] not in choices:
+            faults.append(f"train.{key}={train[key]!r} is not one of {', '.join(choices)}")
+    if train.init_optimizer == "kept" and not train.init_from:
+        faults.append("train.init_optimizer=kept needs train.init_from, the run whose it is")
     if config.flow.time_shift is not None and config.flow.time_shift <= 0:
         faults.append(
             f"flow.time_shift={config.flow.time_shift} must be positive; 1 shifts nothing"

@@ -136,18 +136,6 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_differences(saved):
     checkpointer.close()
 
 
-def test_a_stage_starts_from_the_weights_of_another_run(saved, state):
-    mesh = sharding.make_mesh(replica=1, data=8, model=1)
-    shardings = sharding.tree_shardings(state.params, mesh)
-    abstract = abstract_params(MODEL)
-    found = checkpoint.init_from(
-        str(saved), abstract, shardings, weights="ema", model=META["model"]
-    )
-    jax.tree.map(np.testing.assert_array_equal, found, state.ema)
-    with pytest.raises(InputError, match="dim: 64 there, 96 in this run"):
-        checkpoint.init_from(str(saved), abstract, shardings, weights="ema", model={"dim": 96})
-
-
 def test_weights_from_elsewhere_start_a_run_and_are_none(tmp_path, state):
     mesh = sharding.make_mesh(replica=1, data=8, model=1)
     abstract = abstract_params(MODEL)
@@ -159,9 +147,7 @@ def test_weights_from_elsewhere_start_a_run_and_are_none(tmp_path, state):
     assert checkpoint.is_run(tmp_path)
     found = checkpoint.find(tmp_path)
     assert checkpoint.dtype_of(found, "ema") == "bfloat16"
-    wide = checkpoint.init_from(
-        tmp_path, abstract, shardings, weights="ema", model=checkpoint.load_meta(found)["model"]
-    )
+    wide = checkpoint.load_params(found, abstract, shardings, weights="ema")
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype("float32")), wide, half)
     with pytest.raises(InputError, match="has no weights 'params', only ema"):
         checkpoint.load_params(found, abstract, shardings, weights="params")

@@ -219,6 +219,27 @@ def test_a_stage_starts_from_the_average_of_the_stage_before(uninterrupted, conf
     assert (int(begun.step), next_batch) == (0, 0)
 
 
+def test_a_stage_may_keep_the_optimizer_of_the_stage_before(
+    uninterrupted, config, tmp_path, caplog
+):
+    """Moments and their count go on; the schedule, the step and the data begin anew."""
+    workdir, state = uninterrupted
+    config.train.update(
+        init_from=str(workdir), init_weights="params", init_optimizer="kept", num_steps=1,
+        batch_size=16,
+    )  # fmt: skip
+    caplog.set_level("INFO", logger="absl")
+    trainer = Trainer(config, str(tmp_path))
+    begun, next_batch = trainer.init_state()
+    trainer.checkpointer.close()
+    (_, (adam, *_, schedule)), (_, (kept, *_, fresh)) = state.opt_state, begun.opt_state
+    assert_equal((begun.params, kept), (state.params, adam))
+    assert (int(adam.count), int(schedule.count), int(fresh.count)) == (6, 6, 0)
+    assert (int(begun.step), next_batch) == (0, 0)
+    assert "step 6 of 6" in caplog.text
+    assert "train.batch_size: 8 there, 16 here" in caplog.text
+
+
 def test_the_pipeline_of_a_checkpoint_draws_with_the_average(uninterrupted):
     workdir, state = uninterrupted
     pipeline = Pipeline.from_checkpoint(str(workdir))
@@ -281,6 +302,9 @@ def test_every_official_bucket_can_be_trained_on(resolution, num, pooled):
         ({"flow": {"auxiliary_weight": 1.0}}, "has 6 x 10 pooled latents, which do not cut"),
         ({"text_encoder": {"kind": "bert"}}, "'bert'"),
         ({"autoencoder": {"kind": "jpeg"}}, "autoencoder.kind='jpeg' is not one of pixels"),
+        ({"train": {"init_weights": "raw"}}, "init_weights='raw' is not one of ema, params"),
+        ({"train": {"init_optimizer": "old"}}, "init_optimizer='old' is not one of fresh, kept"),
+        ({"train": {"init_optimizer": "kept"}}, "init_optimizer=kept needs train.init_from"),
         ({"model": {"preset": "1b"}}, "'1b' is not one of tiny, 2b"),
     ],
 )
