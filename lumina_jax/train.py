@@ -9,6 +9,7 @@ Run again with the same --workdir, it goes on from the newest checkpoint.
 
 import dataclasses
 import functools
+import time
 
 import jax
 import numpy as np
@@ -17,7 +18,18 @@ from clu import parameter_overview
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from lumina_jax import checkpoint, cli, distributed, files, flow, loop, metrics, optim, sharding
+from lumina_jax import (
+    checkpoint,
+    cli,
+    distributed,
+    files,
+    flow,
+    goodput,
+    loop,
+    metrics,
+    optim,
+    sharding,
+)
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import CaptionPolicy
 from lumina_jax.data.loader import Dataset, Loader
@@ -78,6 +90,7 @@ class Trainer:
             seed=config.seed,
         )
 
+        self.pauses = (loop.Pause("preview", config.preview.every, self.preview),)
         self.checkpointer = checkpoint.Checkpointer(
             workdir,
             keep_latest=config.train.keep_checkpoints,
@@ -325,9 +338,13 @@ def make_datasets(data: ConfigDict) -> list[Dataset]:
     return [Dataset(**data.datasets[name]) for name in sorted(data.datasets)]
 
 
-def train(config: ConfigDict, workdir: str) -> TrainState:
-    """Runs to the end, or to a signal; returns the last state, which is saved."""
-    return loop.run(Trainer(config, workdir))
+def train(config: ConfigDict, workdir: str, *, began: float | None = None) -> TrainState:
+    """Runs to the end, or to a signal; returns the last state, which is saved.
+
+    `began` is when this start of the run began, in seconds since 1970; by default now.
+    """
+    began = time.time() if began is None else began
+    return loop.run(Trainer(config, workdir), began=began)
 
 
 def _check_numbers(config: ConfigDict) -> None:
@@ -355,7 +372,7 @@ def _check_numbers(config: ConfigDict) -> None:
 
 def main() -> None:
     distributed.initialize()
-    train(flags.FLAGS.config, flags.FLAGS.workdir)
+    train(flags.FLAGS.config, flags.FLAGS.workdir, began=goodput.process_start())
 
 
 if __name__ == "__main__":

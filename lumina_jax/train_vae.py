@@ -92,6 +92,7 @@ class Trainer:
             functools.partial(reconstruct, self.cfg), out_shardings=replicated
         )
 
+        self.pauses = (loop.Pause("preview", config.preview.every, self.preview),)
         self.checkpointer = checkpoint.Checkpointer(
             workdir,
             keep_latest=config.train.keep_checkpoints,
