@@ -22,6 +22,7 @@ from lumina_jax import goodput, metrics
 from lumina_jax.checkpoint import Checkpointer
 from lumina_jax.data.loader import Loader
 from lumina_jax.errors import InputError
+from lumina_jax.profiling import Profiler
 from lumina_jax.progress import progress_bar
 from lumina_jax.train_step import TrainState
 
@@ -137,7 +138,8 @@ def loop(
         batch = trainer.encode(report.timed_next(batches), first)
         for done in range(first + 1, config.num_steps + 1):
             report.begin(done)
-            state, step_metrics = trainer.step(state, batch, key)
+            with jax.profiler.StepTraceAnnotation("train", step_num=done):
+                state, step_metrics = trainer.step(state, batch, key)
             # While the device works on this step, read what the last one said, make the next batch.
             report.add(done, step_metrics)
             if done < config.num_steps:
@@ -178,7 +180,9 @@ class Report:
         self.text = self._speed = ""
         self.writer = writer
         self._trainer, self._account = trainer, account
+        self._profiler = Profiler(trainer.workdir, trainer.config.train.profile_steps)
         self._flops = 0.0  # of the batch that was taken last
+        self._begun = 0  # the newest step
         self._pending: _Pending | None = None
         self._since_line: int | None = None  # the newest step that no line has yet
         # Waits for steps on the device, to know when each was done whatever the loop does then.
@@ -187,11 +191,17 @@ class Report:
         self._saving_since: float | None = None
 
     def close(self) -> None:
+        self._profiler.close()
         self._watcher.shutdown()
 
     def begin(self, step: int) -> None:
         """What follows belongs to `step`."""
         self._account.begin_step(step)
+        self._begun = step
+        if self._profiler.is_due(step):
+            self.catch_up()
+            with self.pausing("other"):
+                self._profiler.switch(step)
 
     def timed_next(self, batches: Iterator[dict]) -> dict:
         began = time.perf_counter()
@@ -271,6 +281,7 @@ class Report:
         scalars |= trainer.counts() | metrics.memory() | self._account.scalars()
         self.writer.scalars(step, scalars)
         self._account.write(step)
+        self._profiler.look_for_request(self._begun)
         self._since_line = None
         speed = ", {steps_per_second:.2f} steps/s, {images_per_second:.0f} images/s"
         self._speed = speed.format(**scalars)

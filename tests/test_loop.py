@@ -22,7 +22,13 @@ class Still(loop.Trainer):
     config = ConfigDict(
         {
             "seed": 0,
-            "train": {"batch_size": 1, "num_steps": 2, "log_every": 2, "checkpoint_every": 2},
+            "train": {
+                "profile_steps": (),
+                "batch_size": 1,
+                "num_steps": 2,
+                "log_every": 2,
+                "checkpoint_every": 2,
+            },
         }
     )
 
