@@ -97,6 +97,9 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 1000  # steps
     train.keep_checkpoints = 3  # the newest ones
     train.keep_checkpoint_every = 10_000  # steps; these are kept for ever
+    # Steps to record with the profiler, such as (100, 110): 100 to 109. Also on demand: a file
+    # `profile` in the workdir, see docs/training.md.
+    train.profile_steps = ()
     train.init_from = ""  # workdir of the stage before, or published weights
     train.init_weights = "ema"  # of a workdir; or params
     train.init_optimizer = "fresh"  # or kept: the moments of a workdir, under a new schedule
@@ -104,6 +107,15 @@ def get_config() -> ConfigDict:
     # Where compiled programs are kept for the next start, a local folder or a bucket that all
     # processes see. Empty: where JAX_COMPILATION_CACHE_DIR says, else <workdir>/compiled.
     config.compile = ConfigDict({"cache_directory": ""})
+
+    # The loss on pictures that are not trained on, each at one of the fixed times, the middles of
+    # num_times equal parts of 0 to 1.
+    config.validation = validation = ConfigDict()
+    validation.every = 1000  # steps; 0: never
+    validation.num_records = 2048  # held out, the last of each bucket, also if `every` is 0
+    validation.directory = ""  # take them from this data set instead, and hold none out
+    validation.batch_size = 256  # over all devices; of one bucket each, the last is filled up
+    validation.num_times = 8
 
     # Pictures drawn while training, and what a checkpoint of this run samples with by default.
     config.preview = ConfigDict({"every": 1000, "prompts": ("",), "seed": 0})  # every 0: never

@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
     config.train.keep_checkpoints = 2
     config.train.keep_checkpoint_every = 0
 
+    config.validation.update(every=0, num_records=0)  # all 64 pictures are to be learned
     config.preview.every = 550
     config.preview.prompts = ("dog face", "perro", "Hund", "собака", "蘑菇", "strawberry")
     config.sampling.update(

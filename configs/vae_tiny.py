@@ -55,6 +55,9 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 300
     train.keep_checkpoints = 2
     train.keep_checkpoint_every = 0
+    # Steps to record with the profiler, such as (100, 110): 100 to 109. Also on demand: a file
+    # `profile` in the workdir, see docs/training.md.
+    train.profile_steps = ()
 
     config.preview = ConfigDict({"every": 400, "num_rows": 3})  # rows of pictures; every 0: never
     return config

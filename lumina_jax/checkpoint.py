@@ -101,6 +101,10 @@ class Checkpointer:
         )
         return TrainState(**restored["state"]), restored["data"]["next_batch"]
 
+    def is_writing(self) -> bool:
+        """Whether the last save is still on its way to the disk."""
+        return self._manager.is_saving_in_progress()
+
     def close(self) -> None:
         """Waits for the last save to be on disk."""
         self._manager.wait_until_finished()

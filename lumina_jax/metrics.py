@@ -4,8 +4,12 @@ images_per_second    over the wall time since the line before
 mfu                  model FLOPs a second (analytic, no recomputation) over the devices' peak
 input_wait           part of the time that the loop stood waiting for data
 loss_bins/00 .. 19   mean loss in twenty equal bins of t, since the line before
+step_seconds_*       from the end of one step on the device to that of the next
+
+docs/training.md has the whole list.
 """
 
+import collections
 import json
 import time
 from typing import Any
@@ -31,6 +35,9 @@ _PEAK_FLOPS = {
     "H200": 989e12,
 }
 
+# A slow step takes so many times the median of the recent ones; so many are told of in a line.
+_SLOW, _NUM_RECENT, _MAX_WARNINGS = 3.0, 200, 3
+
 
 def peak_flops(device: jax.Device) -> float:
     """Peak FLOP/s of one device: published where known, else measured on a matrix product."""
@@ -46,6 +53,20 @@ def peak_flops(device: jax.Device) -> float:
     peak = 2 * size**3 / seconds / jax.local_device_count()
     logging.info("No published peak for %s; measured %.3g FLOP/s.", device.device_kind, peak)
     return peak
+
+
+def memory() -> dict[str, float]:
+    """Memory of the fullest local device; nothing where the backend does not tell, as a processor.
+
+    hbm_bytes_in_use is of now, hbm_peak_share the most so far, of what the program may have.
+    """
+    found = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    if not found:
+        return {}
+    return {
+        "hbm_bytes_in_use": max(stats["bytes_in_use"] for stats in found),
+        "hbm_peak_share": max(s["peak_bytes_in_use"] / s["bytes_limit"] for s in found),
+    }
 
 
 def _seconds(call) -> float:
@@ -65,16 +86,38 @@ class Meter:
     def __init__(self, *, batch_size: int, peak: float):
         self._batch_size = batch_size
         self._peak = peak
+        self._recent = collections.deque[float](maxlen=_NUM_RECENT)  # seconds of steps
+        self._num_slow = 0
         self._start()
 
     def _start(self):
         self._steps: list[dict[str, np.ndarray]] = []
         self._flops = 0.0
         self._input_wait = 0.0
+        self._step_seconds: list[float] = []
+        self._num_warnings = 0
+        self._extra: dict[str, float] = {}
         self._since = time.perf_counter()
 
     def add_input_wait(self, seconds: float) -> None:
         self._input_wait += seconds
+
+    def add_step_time(self, step: int, seconds: float) -> None:
+        """Takes how long a step took; says so where it was slow."""
+        self._step_seconds.append(seconds)
+        median = float(np.median(self._recent)) if self._recent else 0.0
+        if len(self._recent) >= _NUM_RECENT // 10 and seconds > _SLOW * median:
+            self._num_slow += 1
+            self._num_warnings += 1
+            if self._num_warnings <= _MAX_WARNINGS:
+                logging.warning(
+                    "Step %d took %.3g s, %.1f times the median.", step, seconds, seconds / median
+                )
+        self._recent.append(seconds)
+
+    def set(self, name: str, value: float) -> None:
+        """A scalar of the next line alone."""
+        self._extra[name] = value
 
     def exclude(self, seconds: float) -> None:
         """Leaves out time that was not training, such as drawing sample pictures."""
@@ -104,6 +147,11 @@ class Meter:
         scalars["images_per_second"] = len(steps) * self._batch_size / seconds
         scalars["mfu"] = self._flops / seconds / self._peak
         scalars["input_wait"] = self._input_wait / seconds
+        if self._step_seconds:
+            scalars["step_seconds_median"] = float(np.median(self._step_seconds))
+            scalars["step_seconds_max"] = max(self._step_seconds)
+        scalars["slow_steps"] = self._num_slow
+        scalars |= self._extra
         self._start()
         return scalars
 

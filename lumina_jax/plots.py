@@ -1,8 +1,9 @@
 """The pictures of a run, drawn from the `metrics.jsonl` that it writes, and of prepared data.
 
-Of a run: one large panel, the loss against the step, and three small ones: the learning rate, the
-norm of the gradient, and the loss against t (0 is noise, 1 is data), where faults of the flow show
-first.
+`loss_curve`: the loss against the step, of the pictures trained on and of those held out, and small
+panels: the learning rate, the norm of the gradient, and the loss against t (0 is noise, 1 is data),
+where faults of the flow show first. `speed`: pictures a second, use of the devices, the time of a
+step, and what the time of the run went into so far.
 """
 
 import io
@@ -20,6 +21,12 @@ from lumina_jax.data.records import Manifest
 from lumina_jax.errors import InputError
 
 _LINE, _RAW, _GRID, _FAINT = "#2563a8", "#a9c6e4", "#ececec", "#757575"
+_OTHER = "#d1662a"
+_CLASS_COLOURS = {
+    "start": "#7fa8d1", "compile": "#2563a8", "data": "#d1662a", "save": "#3f8f5b",
+    "restore": "#97c9a6", "preview": "#b79ad0", "validation": "#8a5fb0", "repeated": "#c23b3b",
+    "down": "#4a4a4a", "other": "#c9c9c9",
+}  # fmt: skip
 
 
 def loss_curve(metrics_path: epath.PathLike, output_path: epath.PathLike) -> None:
@@ -39,9 +46,86 @@ def loss_curve(metrics_path: epath.PathLike, output_path: epath.PathLike) -> Non
         panel.set_axisbelow(True)
         panel.tick_params(labelsize=8)
 
+    _save(figure, output_path)
+
+
+def speed(metrics_path: epath.PathLike, output_path: epath.PathLike) -> None:
+    """Draws how fast the run is, and what it lost time to, as a PNG."""
+    metrics = read_metrics(metrics_path)
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    panels = figure.subplot_mosaic([["images", "steps"], ["use", "classes"]])
+    _plot_smoothed(panels["images"], metrics, "images_per_second", _LINE)
+    _title(panels["images"], "images a second")
+    _plot_smoothed(panels["steps"], metrics, "step_seconds_median", _LINE, label="median")
+    panels["steps"].plot(
+        *_series(metrics, "step_seconds_max"), ".", color=_OTHER, markersize=3, label="slowest"
+    )
+    panels["steps"].set_yscale("log")
+    _title(panels["steps"], "seconds of a step, in each line of the log")
+    for name, colour, label in (
+        ("mfu", _LINE, "MFU"),
+        ("input_wait", _OTHER, "waiting for input"),
+        ("goodput", "#3f8f5b", "goodput"),
+        ("hbm_peak_share", "#8a5fb0", "peak of memory"),
+    ):
+        _plot_smoothed(panels["use"], metrics, name, colour, label=label)
+    panels["use"].set_ylim(0, 1)
+    _title(panels["use"], "shares: of the devices' peak, of time, of memory")
+    _plot_classes(panels["classes"], metrics)
+    for name in ("steps", "use"):
+        if panels[name].get_legend_handles_labels()[1]:
+            panels[name].legend(frameon=False, fontsize=8)
+    for panel in panels.values():
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+        panel.set_xlabel("step", fontsize=9)
+        panel.set_axisbelow(True)
+        panel.grid(color=_GRID)
+    _save(figure, output_path)
+
+
+def _save(figure: Figure, path: epath.PathLike) -> None:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
-    files.write(output_path, png.getvalue())
+    files.write(path, png.getvalue())
+
+
+def _title(panel, text: str) -> None:
+    panel.set_title(text, loc="left", fontsize=10)
+
+
+def _plot_smoothed(panel, metrics, name, colour, label=None) -> None:
+    """What is logged, faint, and its running median."""
+    steps, values = _series(metrics, name)
+    if len(steps):
+        panel.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+        smoothed = smooth(values, len(values) // 80)
+        panel.plot(steps, smoothed, color=colour, linewidth=1.6, label=label)
+
+
+def _plot_classes(panel, metrics) -> None:
+    """What was lost so far, one class upon the other; those that never were 1 % go together."""
+    lines = {step: scalars for step, scalars in metrics.items() if "goodput" in scalars}
+    steps = list(lines)
+    lost = {
+        name.removeprefix("lost/"): np.array([scalars.get(name, 0.0) for scalars in lines.values()])
+        for name in sorted({name for scalars in lines.values() for name in scalars})
+        if name.startswith("lost/")
+    }
+    large = {n: shares for n, shares in lost.items() if n != "other" and shares.max() >= 0.01}
+    small = [shares for name, shares in lost.items() if name not in large]
+    if small and sum(small).max() > 0:
+        large["other"] = sum(small)
+    if large:
+        colours = [_CLASS_COLOURS[name] for name in large]
+        labels = [f"{name} {shares[-1]:.1%}" for name, shares in large.items()]
+        panel.stackplot(steps, *large.values(), colors=colours, labels=labels)
+        panel.legend(
+            *(found[::-1] for found in panel.get_legend_handles_labels()),
+            frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5),
+        )  # fmt: skip
+        panel.set_ylim(0, min(1.0, 1.05 * sum(large.values()).max()))
+    _title(panel, "share of the time since the first start that was lost to")
 
 
 def prepared_data(
@@ -111,12 +195,14 @@ def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
     for number, line in enumerate(lines[:-1], start=1):
         try:
             scalars = json.loads(line)
-            metrics[int(scalars.pop("step"))] = scalars
+            step = int(scalars.pop("step"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"Line {number} of {path} is not a JSON object with a step: {line[:80]!r}. "
                 "Delete the line."
             ) from error
+        # What has no loss was measured beside the step, such as the validation loss.
+        metrics[step] = scalars if "loss" in scalars else metrics.get(step, {}) | scalars
     if not any("loss" in scalars for scalars in metrics.values()):
         raise InputError(f"{path} holds no loss yet; wait until the run has logged its first step.")
     return dict(sorted(metrics.items()))
@@ -145,10 +231,19 @@ def _plot_loss(panel, metrics) -> None:
     smoothed = smooth(values, len(values) // 80)
     panel.plot(steps, values, color=_RAW, linewidth=0.8, label="logged")
     panel.plot(steps, smoothed, color=_LINE, linewidth=2, label="smoothed")
+    for name, style, label in (
+        ("validation_loss", "o-", "held out, averaged weights"),
+        ("validation_loss_raw", "o:", "held out, raw weights"),
+    ):
+        held_out = _series(metrics, name)
+        if len(held_out[0]):
+            panel.plot(*held_out, style, color=_OTHER, markersize=3, linewidth=1.4, label=label)
     finite = values[np.isfinite(values)]
     if len(finite):
         # A single spike would press the rest of the curve flat.
         low, high = finite.min(), np.percentile(finite, 99.5)
+        for name in ("validation_loss", "validation_loss_raw"):
+            low = min([low, *_series(metrics, name)[1]])
         margin = 0.05 * (high - low) or 0.05
         panel.set_ylim(low - margin, high + margin)
     panel.set_xlabel("step")
@@ -179,12 +274,20 @@ def _plot_small(panel, metrics, name, title) -> None:
 
 def _plot_bins(panel, metrics) -> None:
     """The mean of the last tenth of the lines: one line has few pictures in each bin."""
-    recent = list(metrics.values())[-max(1, len(metrics) // 10) :]
-    names = sorted({name for scalars in metrics.values() for name in scalars if "_bins/" in name})
+    lines = [scalars for scalars in metrics.values() if "loss" in scalars]
+    recent = lines[-max(1, len(lines) // 10) :]
+    names = sorted(
+        {name for scalars in metrics.values() for name in scalars if name.startswith("loss_bins/")}
+    )
     means = [np.mean([s[name] for s in recent if name in s] or np.nan) for name in names]
     edges = np.linspace(0, 1, len(names) + 1)
     panel.stairs(means, edges, color=_LINE, fill=True, alpha=0.35)
     panel.stairs(means, edges, color=_LINE, linewidth=1.2)
     panel.set_xlim(0, 1)
     panel.set_xlabel("t (0 is noise, 1 is data)", fontsize=9)
+    by_time = [scalars for scalars in metrics.values() if "validation_loss" in scalars]
+    if by_time:
+        held_out = [v for n, v in sorted(by_time[-1].items()) if n.startswith("validation_loss/t")]
+        times = (np.arange(len(held_out)) + 0.5) / len(held_out)
+        panel.plot(times, held_out, "o-", color=_OTHER, markersize=3, linewidth=1.2)
     panel.set_title("loss by t, last tenth of the run", loc="left", fontsize=10)

@@ -8,6 +8,7 @@ Run again with the same --workdir, it goes on from the newest checkpoint.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from lumina_jax import (
     executables,
     files,
     flow,
+    goodput,
     handover,
     loop,
     metrics,
@@ -46,6 +48,7 @@ from lumina_jax.models import next_dit
 from lumina_jax.sampling.contact_sheet import contact_sheet
 from lumina_jax.sampling.pipeline import Pipeline, from_sections
 from lumina_jax.train_step import TrainState, init_state, make_train_step
+from lumina_jax.validation import Validator
 
 
 def define_flags() -> None:
@@ -69,6 +72,9 @@ class Trainer:
         self.model = model_config(config, self.text_encoder, self.autoencoder)
         self.mesh = sharding.make_mesh(**config.mesh)
         self.loader = make_loader(config, self.text_encoder, self.autoencoder)
+        self.validation_loader = make_validation_loader(
+            config, self.loader, self.text_encoder, self.autoencoder
+        )
         self.num_slots = self._check_shapes()
 
         self.program = step_program(
@@ -76,20 +82,23 @@ class Trainer:
         )
         self.step, self.learning_rate = self.program.step, self.program.learning_rate
         self.pipeline = self._make_pipeline()
-        self.encode = Encoder(
-            self.text_encoder,
-            self.autoencoder,
-            text_params=lambda: self.pipeline.text_params,
-            image_params=lambda: self.pipeline.autoencoder_params,
+        self.encode = self._make_encoder(self.autoencoder, config.train.batch_size)
+        self.validator = Validator(
+            next_dit.make_forward(self.model),
+            # Latents that are drawn would depend on the batch.
+            self._make_encoder(
+                make_autoencoder(**{**config.autoencoder, "sample": False}),
+                config.validation.batch_size,
+            ),
+            self.validation_loader,
             mesh=self.mesh,
-            batch_size=config.train.batch_size,
-            patch_size=self.model.patch_size,
-            num_slots=self.num_slots,
-            pooled=bool(config.flow.auxiliary_weight),
-            seed=config.seed,
-            settings=lambda: self.meta,
+            batch_size=config.validation.batch_size,
+            num_times=config.validation.num_times,
         )
-
+        self.pauses = (
+            loop.Pause("validation", config.validation.every, self.validate),
+            loop.Pause("preview", config.preview.every, self.preview),
+        )
         self.checkpointer = checkpoint.Checkpointer(
             workdir,
             keep_latest=config.train.keep_checkpoints,
@@ -102,9 +111,26 @@ class Trainer:
             "optimizer": {"name": config.optim.name},
         }
 
+    def _make_encoder(self, autoencoder: Autoencoder, batch_size: int) -> Encoder:
+        return Encoder(
+            self.text_encoder,
+            autoencoder,
+            text_params=lambda: self.pipeline.text_params,
+            image_params=lambda: self.pipeline.autoencoder_params,
+            mesh=self.mesh,
+            batch_size=batch_size,
+            patch_size=self.model.patch_size,
+            num_slots=self.num_slots,
+            pooled=bool(self.config.flow.auxiliary_weight),
+            seed=self.config.seed,
+            settings=lambda: {**self.meta, "autoencoder": autoencoder.fingerprint()},
+        )
+
     def _data_meta(self) -> dict:
         """All that decides what batch k is, and what the model is told of it."""
         data = self.config.data.to_dict()
+        if self.loader.num_held_out:
+            data["held_out"] = self.loader.num_held_out
         for key in ("directory", "num_threads", "prefetch"):
             del data[key]
         for dataset in data["datasets"].values():
@@ -123,10 +149,17 @@ class Trainer:
         """The image slots of a sequence; refuses batches and buckets that do not fit."""
         config = self.config
         check_batch_size(config, self.mesh)
+        shards = sharding.batch_shards(self.mesh)
+        if config.validation.every and config.validation.batch_size % shards:
+            low = max(config.validation.batch_size // shards, 1) * shards
+            raise InputError(
+                f"validation.batch_size={config.validation.batch_size} does not split over "
+                f"{shards} part(s) of the mesh; nearest: {low} and {low + shards}."
+            )
         downscale, patch_size = self.autoencoder.downscale, self.model.patch_size
         slots = num_tokens(config.data.resolution, downscale * patch_size)
         pooled = bool(config.flow.auxiliary_weight)
-        for bucket in self.loader.buckets:
+        for bucket in sorted({*self.loader.buckets, *self.validation_loader.buckets}):
             if fault := bucket_fault(bucket, downscale, patch_size, slots, pooled=pooled):
                 raise InputError(
                     f"Bucket {bucket} of the data {fault}, or name other buckets in "
@@ -170,14 +203,28 @@ class Trainer:
         # Drawn where it lies: no device, and no host, ever holds all of it.
         return jax.jit(make, out_shardings=shardings)(jax.random.key(self.config.seed)), 0
 
+    def validate(self, state: TrainState, step: int, writer: metrics.Writer) -> None:
+        """Writes the loss on held-out pictures, of the averaged weights and of the raw ones."""
+        scalars = self.validator(state.ema, state.params)
+        writer.scalars(step, scalars)
+        if jax.process_index() == 0:
+            logging.info("Validation loss at step %d: %.4f.", step, scalars["validation_loss"])
+
     def preview(self, state: TrainState, step: int, writer: metrics.Writer) -> None:
-        """Draws the preview prompts with the averaged weights, as a contact sheet."""
-        prompts = list(self.config.preview.prompts)
-        self.pipeline.params = state.ema
-        images = self.pipeline(prompts, seed=self.config.preview.seed, output="uint8")
+        """Draws the prompts with the averaged weights and with the raw ones, side by side."""
+        prompts, seed = list(self.config.preview.prompts), self.config.preview.seed
+        drawn = []
+        for self.pipeline.params in (state.ema, state.params):
+            drawn.append(self.pipeline(prompts, seed=seed, output="uint8"))
         self.pipeline.params = None  # the step donates them
         if jax.process_index() == 0:
-            sheet = contact_sheet(list(images), prompts, columns=6, title=f"step {step}")
+            sheet = contact_sheet(
+                [image for pair in zip(*drawn, strict=True) for image in pair],
+                [prompt for prompt in prompts for _ in drawn],
+                columns=6,
+                title=f"step {step}",
+                notes=["averaged weights", "raw weights"] * len(prompts),
+            )
             writer.image(step, "preview", np.asarray(sheet))
             files.write_png(epath.Path(self.workdir) / "previews" / f"{step:07d}.png", sheet)
 
@@ -330,11 +377,47 @@ def model_config(
 
 def make_loader(config: ConfigDict, text_encoder: TextEncoder, autoencoder: Autoencoder) -> Loader:
     """The batches of this process."""
+    datasets, validation = make_datasets(config.data), config.validation
+    loader = _load(
+        config,
+        datasets,
+        text_encoder,
+        autoencoder,
+        batch_size=config.train.batch_size,
+        held_out=0 if validation.directory else validation.num_records,
+    )
+    if len(datasets) > 1:
+        for dataset, share, manifest in zip(datasets, loader.shares, loader.manifests, strict=True):
+            seen = share * config.train.num_steps * config.train.batch_size / manifest.num_records
+            logging.info(
+                "%.1f %% of the rows are of %s: the run takes each of its %d records %.2f times.",
+                100 * share, dataset.directory, manifest.num_records, seen,
+            )  # fmt: skip
+    return loader
+
+
+def make_validation_loader(
+    config: ConfigDict, training: Loader, text_encoder: TextEncoder, autoencoder: Autoencoder
+) -> Loader:
+    """What reads the held-out records: the one that trains on the others, or one of its own."""
+    validation = config.validation
+    if not validation.directory:
+        return training
+    return _load(
+        config,
+        [Dataset(validation.directory)],
+        text_encoder,
+        autoencoder,
+        batch_size=validation.batch_size,
+        held_out=validation.num_records,
+        trains=False,
+    )
+
+
+def _load(config, datasets, text_encoder, autoencoder, **settings) -> Loader:
     data = config.data
-    datasets = make_datasets(data)
     loader = Loader(
         datasets,
-        batch_size=config.train.batch_size,
         seed=config.seed,
         tokenize=text_encoder.tokenize,
         policy=caption_policy(data),
@@ -343,6 +426,7 @@ def make_loader(config: ConfigDict, text_encoder: TextEncoder, autoencoder: Auto
         text_slots=dict(data.text_slots),
         num_threads=data.num_threads,
         prefetch=data.prefetch,
+        **settings,
     )
     for dataset, manifest in zip(datasets, loader.manifests, strict=True):
         cache.check(
@@ -352,13 +436,6 @@ def make_loader(config: ConfigDict, text_encoder: TextEncoder, autoencoder: Auto
             autoencoder=autoencoder,
             system_prompt=dataset.system_prompt or data.system_prompt,
         )
-    if len(datasets) > 1:
-        for dataset, share, manifest in zip(datasets, loader.shares, loader.manifests, strict=True):
-            seen = share * config.train.num_steps * config.train.batch_size / manifest.num_records
-            logging.info(
-                "%.1f %% of the rows are of %s: the run takes each of its %d records %.2f times.",
-                100 * share, dataset.directory, manifest.num_records, seen,
-            )  # fmt: skip
     return loader
 
 
@@ -399,19 +476,30 @@ def make_datasets(data: ConfigDict) -> list[Dataset]:
     return [Dataset(**data.datasets[name]) for name in sorted(data.datasets)]
 
 
-def train(config: ConfigDict, workdir: str) -> TrainState:
-    """Runs to the end, or to a signal; returns the last state, which is saved."""
-    return loop.run(Trainer(config, workdir))
+def train(config: ConfigDict, workdir: str, *, began: float | None = None) -> TrainState:
+    """Runs to the end, or to a signal; returns the last state, which is saved.
+
+    `began` is when this start of the run began, in seconds since 1970; by default now.
+    """
+    began = time.time() if began is None else began
+    return loop.run(Trainer(config, workdir), began=began)
 
 
 def _check_numbers(config: ConfigDict) -> None:
     """Refuses what would stop the run, or a division, later."""
-    train, preview = config.train, config.preview
+    train, preview, validation = config.train, config.preview, config.validation
     faults = [
         f"train.{name}={train[name]} must be at least 1"
         for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
         if train[name] < 1
     ]
+    if train.profile_steps and (
+        len(train.profile_steps) != 2 or not 0 < train.profile_steps[0] < train.profile_steps[1]
+    ):
+        faults.append(
+            f"train.profile_steps={train.profile_steps} must be (first, last + 1), counted from 1, "
+            f"or ()"
+        )
     if train.keep_checkpoint_every < 0 or preview.every < 0:
         faults.append(
             f"train.keep_checkpoint_every={train.keep_checkpoint_every} and preview.every="
@@ -427,6 +515,16 @@ def _check_numbers(config: ConfigDict) -> None:
             faults.append(f"train.{key}={train[key]!r} is not one of {', '.join(choices)}")
     if train.init_optimizer == "kept" and not train.init_from:
         faults.append("train.init_optimizer=kept needs train.init_from, the run whose it is")
+    faults += [
+        f"validation.{name}={validation[name]} must be at least {least}"
+        for name, least in (("every", 0), ("num_records", 0), ("batch_size", 1), ("num_times", 1))
+        if validation[name] < least
+    ]
+    if validation.every and validation.num_records < validation.num_times:
+        faults.append(
+            f"validation.num_records={validation.num_records} must be at least validation."
+            f"num_times={validation.num_times}, a record for each; or set validation.every=0"
+        )
     if config.flow.time_shift is not None and config.flow.time_shift <= 0:
         faults.append(
             f"flow.time_shift={config.flow.time_shift} must be positive; 1 shifts nothing"
@@ -436,11 +534,12 @@ def _check_numbers(config: ConfigDict) -> None:
 
 
 def main() -> None:
+    began = goodput.process_start()
     distributed.from_flags()
     executables.use_cache(
         flags.FLAGS.config.compile.cache_directory, default=f"{flags.FLAGS.workdir}/compiled"
     )
-    train(flags.FLAGS.config, flags.FLAGS.workdir)
+    train(flags.FLAGS.config, flags.FLAGS.workdir, began=began)
 
 
 if __name__ == "__main__":

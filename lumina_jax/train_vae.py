@@ -108,6 +108,7 @@ class Trainer:
             functools.partial(reconstruct, self.cfg), out_shardings=replicated
         )
 
+        self.pauses = (loop.Pause("preview", config.preview.every, self.preview),)
         self.checkpointer = checkpoint.Checkpointer(
             workdir,
             keep_latest=config.train.keep_checkpoints,
@@ -319,6 +320,13 @@ def _check_numbers(config: ConfigDict) -> None:
         for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
         if train[name] < 1
     ]
+    if train.profile_steps and (
+        len(train.profile_steps) != 2 or not 0 < train.profile_steps[0] < train.profile_steps[1]
+    ):
+        faults.append(
+            f"train.profile_steps={train.profile_steps} must be (first, last + 1), counted from 1, "
+            f"or ()"
+        )
     if train.keep_checkpoint_every < 0 or preview.every < 0:
         faults.append(
             f"train.keep_checkpoint_every={train.keep_checkpoint_every} and preview.every="

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from lumina_jax import loop, metrics
 from lumina_jax.checkpoint import Checkpointer
+from lumina_jax.goodput import Account
 from lumina_jax.train_step import TrainState
 
 NAP = 0.05  # seconds, that each batch takes
@@ -21,13 +22,20 @@ class Still(loop.Trainer):
     config = ConfigDict(
         {
             "seed": 0,
-            "train": {"batch_size": 1, "num_steps": 2, "log_every": 2, "checkpoint_every": 2},
-            "preview": {"every": 0},
+            "train": {
+                "profile_steps": (),
+                "batch_size": 1,
+                "num_steps": 2,
+                "log_every": 2,
+                "checkpoint_every": 2,
+            },
         }
     )
 
+    pauses = ()
+
     def __init__(self, workdir: str):
-        self.meta = {}
+        self.meta, self.workdir = {}, workdir
         self.checkpointer = Checkpointer(workdir, keep_latest=1, keep_every=10)
 
     def encode(self, host_batch, index):
@@ -62,7 +70,10 @@ def trainer(tmp_path):
 @pytest.fixture
 def report(trainer, tmp_path):
     writer = metrics.Writer(str(tmp_path))
-    yield loop.Report(trainer, writer)
+    with Account(tmp_path / "goodput.json") as account:
+        report = loop.Report(trainer, writer, account)
+        yield report
+        report.close()
     writer.close()
 
 

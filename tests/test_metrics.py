@@ -40,6 +40,7 @@ def test_a_line_averages_its_steps_and_leaves_out_empty_bins(monkeypatch):
             "images_per_second": 1.0,
             "mfu": 0.75,
             "input_wait": 0.25,
+            "slow_steps": 0,
         }
     )
 

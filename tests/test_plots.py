@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from lumina_jax.errors import InputError
-from lumina_jax.plots import loss_curve, read_metrics, smooth
+from lumina_jax.goodput import LOSSES
+from lumina_jax.plots import _CLASS_COLOURS, loss_curve, read_metrics, smooth, speed
 
 
 def write(path, lines):
@@ -38,6 +39,37 @@ def test_a_repeated_step_counts_once_and_the_last_one_wins(tmp_path):
     lines = [{"step": s, "loss": v} for s, v in ((1, 5.0), (2, 4.0), (3, 3.0), (2, 2.0), (3, 1.0))]
     metrics = read_metrics(write(tmp_path / "metrics.jsonl", lines))
     assert metrics == {1: {"loss": 5.0}, 2: {"loss": 2.0}, 3: {"loss": 1.0}}
+
+
+def test_what_is_measured_beside_a_step_joins_its_line(tmp_path):
+    lines = [
+        {"step": 1, "loss": 5.0}, {"step": 1, "validation_loss": 6.0}, {"step": 2, "loss": 4.0},
+        {"step": 1, "loss": 5.5}, {"step": 1, "validation_loss": 6.5},
+    ]  # fmt: skip
+    metrics = read_metrics(write(tmp_path / "metrics.jsonl", lines))
+    assert metrics == {1: {"loss": 5.5, "validation_loss": 6.5}, 2: {"loss": 4.0}}
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_both_pictures_can_be_drawn_of_all_that_a_run_says_and_of_little(validates, tmp_path):
+    lines = [{"step": step, "loss": 1 / step} for step in range(1, 50)]
+    if validates:
+        for line in lines:
+            line |= {"goodput": 0.45, "images_per_second": 9.0, "step_seconds_median": 0.1}
+            line |= {"step_seconds_max": 0.2, "mfu": 0.4, "input_wait": 0.1, "hbm_peak_share": 0.9}
+            line |= {f"lost/{name}": 0.05 for name in LOSSES}
+        lines.append({"step": 49, "validation_loss": 0.5, "validation_loss_raw": 0.6})
+        lines[-1] |= {f"validation_loss/t{k}": 0.1 * k for k in range(8)}
+    path = write(tmp_path / "metrics.jsonl", lines)
+    for draw in (loss_curve, speed):
+        draw(path, tmp_path / "out.png")
+        with Image.open(tmp_path / "out.png") as picture:
+            assert picture.width == 1800
+            assert len(picture.getcolors(2**24)) > 50
+
+
+def test_every_class_of_lost_time_has_a_colour():
+    assert set(_CLASS_COLOURS) == set(LOSSES)
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path):

@@ -11,12 +11,15 @@ Of these rows process p of n reads and decodes only its own contiguous share, so
 
 assembles the same global batch, row by row, on any number of processes. Every process meets the
 same bucket at the same step, and one integer, the step, is the whole state of the data.
+
+Records can be held out: the last ones of each bucket, which then belong to no row.
 """
 
 import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -84,6 +87,9 @@ class Loader:
             gives.
         num_threads: batches that are made at the same time.
         prefetch: batches that wait in memory.
+        held_out: records that are held out, of each bucket of a dataset as many as its share of the
+            rows, but never all.
+        trains: whether there are batches by step; without, all of a bucket may be held out.
         process_index, process_count: of which share this is; by default those of JAX.
     """
 
@@ -100,12 +106,15 @@ class Loader:
         text_slots: Mapping[str, int] | None = None,
         num_threads: int = 4,
         prefetch: int = 8,
+        held_out: int = 0,
+        trains: bool = True,
         process_index: int | None = None,
         process_count: int | None = None,
     ):
         process_index = jax.process_index() if process_index is None else process_index
         process_count = jax.process_count() if process_count is None else process_count
-        _check_numbers(batch_size, seed, num_threads, prefetch, process_index, process_count)
+        _check_share(batch_size, process_index, process_count)
+        _check_numbers(seed, num_threads, prefetch)
         policy = policy or CaptionPolicy()
         self.text_slots = dict(text_slots or {})
         _check_datasets(datasets)
@@ -138,7 +147,12 @@ class Loader:
                     share = self.shares[number] * split.num_records / counts[number]
                     shares.setdefault(bucket, {})[number] = share
         self.buckets = tuple(sorted(shares))
+        self._process_index, self._process_count = process_index, process_count
+        # Of each bucket of a dataset: the records to train on, and those held out.
+        places, held_places = _hold_out(held_out, shares, chosen, leave=int(trains))
+        self.num_held_out = held_out
         self.num_features_cut = 0  # cached features that `text_slots` made shorter
+        self._has_cap_feats = "cap_feats" in features
         self._tokenize, self._lock = tokenize, threading.Lock()
         self._undecodable = _Undecodable()
 
@@ -153,6 +167,7 @@ class Loader:
                             self.manifests[number],
                             features,
                             self._undecodable,
+                            places[bucket, number],
                         )
                         for number in shares[bucket]
                     },
@@ -163,7 +178,7 @@ class Loader:
                     batch_size=batch_size,
                     process_index=process_index,
                     process_count=process_count,
-                    finish=self._cap_feats if "cap_feats" in features else self._tokens,
+                    finish=self._cap_feats if self._has_cap_feats else self._tokens,
                 )
             )
 
@@ -172,6 +187,23 @@ class Loader:
             if dataset.system_prompt
             else policy
             for dataset in datasets
+        ]
+        left_out = _Undecodable("it is left out")
+        self._held_out = [
+            _HeldOut(
+                number,
+                _Pictures(
+                    datasets[number].directory,
+                    chosen[number][bucket],
+                    self.manifests[number],
+                    features,
+                    left_out,
+                    numbers,
+                ),
+                dataclasses.replace(policies[number], dropout=0.0),
+            )
+            for (bucket, number), numbers in held_places.items()
+            if numbers
         ]
         self._batches = grain.MapDataset.mix(
             [batches_of(bucket) for bucket in self.buckets],
@@ -184,10 +216,14 @@ class Loader:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any byte of a picture or a caption, and with the shares of the datasets."""
-        if len(self.manifests) == 1:
+        """Changes with any byte of a picture or a caption, with the shares and what is held out."""
+        if len(self.manifests) == 1 and not self.num_held_out:
             return self.manifests[0].fingerprint
-        content = [[m.fingerprint, s] for m, s in zip(self.manifests, self.shares, strict=True)]
+        content: list = [
+            [m.fingerprint, s] for m, s in zip(self.manifests, self.shares, strict=True)
+        ]
+        if self.num_held_out:
+            content.append([[str(h.bucket), h.dataset, len(h.pictures)] for h in self._held_out])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -211,6 +247,25 @@ class Loader:
             yield from batches
         finally:
             batches.close()
+
+    def held_out_batches(self, batch_size: int) -> Iterator[dict[str, Any]]:
+        """Yields this process's rows of all held-out records, once, always in one order.
+
+        A batch is as one to train on, of `batch_size` rows over all processes, and besides has
+        `index` int32 [b], the number of a record among all that are held out. No caption is
+        dropped, and which it is depends on neither seed nor step; texts have the most slots of any
+        kind. A row that only fills up a batch, or whose record cannot be decoded, has index -1.
+        """
+        _check_share(batch_size, self._process_index, self._process_count)
+        source = _HeldOutBatches(
+            self._held_out,
+            batch_size=batch_size,
+            process_index=self._process_index,
+            process_count=self._process_count,
+            finish=self._cap_feats if self._has_cap_feats else self._tokens,
+            kind=max(self.text_slots, key=self.text_slots.__getitem__, default=""),
+        )
+        return iter(grain.MapDataset.source(source).to_iter_dataset(self._read_options))
 
     def _tokens(self, rows: Sequence["_Row"], kind: str) -> dict[str, np.ndarray]:
         slots = [self.text_slots[kind]] if self.text_slots else []
@@ -243,7 +298,7 @@ class _Row(NamedTuple):
     """A record and the caption that was chosen for it; None for a dropped one."""
 
     dataset: int
-    record: Record
+    record: Record | None
     chosen: int | None
     text: str
 
@@ -301,9 +356,8 @@ class _BucketBatches:
                 chosen = policy.choose(captions, draws[row], kind if self._one_kind else None)
                 text = policy.text(captions, chosen, draws[row])
                 rows[row] = _Row(dataset, record, chosen, text)
-        name = "latents" if pixels.dtype == bfloat16 else "images"
         return {
-            name: pixels,
+            next(iter(self._pictures.values())).feature: pixels,
             **self._finish(rows, kind),
             "ids": np.array([row.record.id for row in rows], object),
             "captions": [row.text for row in rows],
@@ -333,8 +387,89 @@ class _BucketBatches:
         )
 
     def _seed(self, *purpose: str | int) -> int:
-        content = json.dumps([*self._entropy, *purpose]).encode()
-        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+        return _hash([*self._entropy, *purpose])
+
+
+def _hash(content: Sequence[str | int]) -> int:
+    digest = hashlib.sha256(json.dumps(content).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+class _HeldOut(NamedTuple):
+    """The held-out records of one bucket of a dataset, and what chooses their captions."""
+
+    dataset: int
+    pictures: "_Pictures"
+    policy: CaptionPolicy
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.pictures.bucket
+
+
+class _HeldOutBatches:
+    """The batches of all held-out records, each of one bucket; threads may share it.
+
+    Args:
+        parts: the records, in their order.
+        kind: of captions, whose text slots all texts have.
+        batch_size, process_index, process_count, finish: as of `_BucketBatches`.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[_HeldOut],
+        *,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+        finish: Callable[[Sequence[_Row], str], dict[str, np.ndarray]],
+        kind: str,
+    ):
+        self._finish, self._kind = finish, kind
+        self._local_size = batch_size // process_count
+        # Of each batch the records of all processes: (part, place in it, number among all).
+        records, self._batches = itertools.count(), []
+        for _, group in itertools.groupby(parts, key=lambda part: part.bucket):
+            rows = [
+                (part, place, next(records))
+                for part in group
+                for place in range(len(part.pictures))
+            ]
+            for start in range(0, len(rows), batch_size):
+                first = start + process_index * self._local_size
+                self._batches.append(
+                    (rows[0][0], rows[first : min(first + self._local_size, start + batch_size)])
+                )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        any_part, mine = self._batches[number]
+        pixels = any_part.pictures.empty(self._local_size)
+        pixels[...] = 0
+        rows = [_Row(any_part.dataset, None, None, "")] * self._local_size
+        index = np.full(self._local_size, -1, np.int32)
+        for row, (part, place, record_number) in enumerate(mine):
+            if (record := part.pictures.decode(place, pixels[row])) is None:
+                pixels[row] = 0  # half a picture may have been decoded
+                continue
+            seed = [part.bucket.width, part.bucket.height, "held_out", part.dataset]
+            (draws,) = order.uniforms(
+                np.array([place]), CaptionPolicy.NUM_DRAWS, _hash(seed)
+            ).tolist()
+            chosen = part.policy.choose(record.captions, draws)
+            text = part.policy.text(record.captions, chosen, draws)
+            rows[row] = _Row(part.dataset, record, chosen, text)
+            index[row] = record_number
+        return {
+            any_part.pictures.feature: pixels,
+            **self._finish(rows, self._kind),
+            "ids": np.array([row.record.id if row.record else "" for row in rows], object),
+            "captions": [row.text for row in rows],
+            "index": index,
+        }
 
 
 class _Undecodable:
@@ -363,7 +498,11 @@ class _Undecodable:
 
 
 class _Pictures:
-    """The decoded records of one bucket of a dataset, by index; threads may share it."""
+    """Decoded records of one bucket of a dataset, by index; threads may share it.
+
+    Args:
+        places: which records of the split these are; all by default.
+    """
 
     def __init__(
         self,
@@ -372,17 +511,24 @@ class _Pictures:
         manifest: Manifest,
         features: Sequence[str],
         undecodable: _Undecodable,
+        places: range | None = None,
     ):
-        self._records, self._bucket = Records(directory, split), split.bucket
+        self._records, self.bucket = Records(directory, split), split.bucket
+        self._places = range(split.num_records) if places is None else places
         self._latents = manifest.cache["latents"] if "latents" in features else None
         self._undecodable = undecodable
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._places)
+
+    @property
+    def feature(self) -> str:
+        """The name of these arrays in a batch."""
+        return "images" if self._latents is None else "latents"
 
     def empty(self, size: int) -> np.ndarray:
         """Room for the pictures of a batch, or for their latents."""
-        width, height = self._bucket.width, self._bucket.height
+        width, height = self.bucket.width, self.bucket.height
         if self._latents is None:
             return np.empty((size, height, width, 3), np.uint8)
         scale = self._latents.downscale
@@ -391,7 +537,8 @@ class _Pictures:
     def read(self, indices: Sequence[int], out: Sequence[np.ndarray]) -> list[Record]:
         """Decodes these records into arrays, and returns them, or those that replace them."""
         try:
-            contents: Sequence[bytes | None] = self._records.read(indices)
+            places = [self._places[index] for index in indices]
+            contents: Sequence[bytes | None] = self._records.read(places)
         except Exception:  # which of them it was, `_decode` finds out
             contents = [None] * len(indices)
         return [
@@ -405,27 +552,27 @@ class _Pictures:
                 return record
             index, content = (index + 1) % len(self), None
         raise InputError(
-            f"None of the {len(self)} records of bucket {self._bucket} can be decoded. {REMAKE}"
+            f"None of the {len(self)} records of bucket {self.bucket} can be decoded. {REMAKE}"
         )
 
     def decode(self, index: int, out: np.ndarray, content: bytes | None = None) -> Record | None:
         """Decodes a record into an array; None, counted and logged, if it is damaged."""
         record = None
         try:
-            record = Record(self._read_one(index) if content is None else content)
+            record = Record(self._read_one(self._places[index]) if content is None else content)
             if self._latents is None:
                 images.decode_stored(record.image, out)
             else:
-                out[...] = self._latents.decode(record.latents, self._bucket)
+                out[...] = self._latents.decode(record.latents, self.bucket)
             return record
         except InputError:
             raise
         except Exception as error:  # what a decoder raises on damaged bytes is anything
-            name = f"number {index}" if record is None else record.id
-            self._undecodable.add(f"Record {name}", self._bucket, error)
+            name = f"number {self._places[index]}" if record is None else record.id
+            self._undecodable.add(f"Record {name}", self.bucket, error)
             return None
 
-    def _read_one(self, index: int) -> bytes:
+    def _read_one(self, place: int) -> bytes:
         """Reads a record of its own.
 
         Only one that is damaged may be replaced: what the network or the machine did to this
@@ -433,13 +580,13 @@ class _Pictures:
         """
         for seconds in (*_PAUSES, None) if self._records.remote else (None,):
             try:
-                return self._records[index]
+                return self._records[place]
             except Exception as error:
                 if "orrupted" in str(error):  # of ArrayRecord: a checksum does not fit
                     raise
                 if seconds is None:
                     raise InputError(
-                        f"{self._records.shard_of(index)} cannot be read ({error}), and could when "
+                        f"{self._records.shard_of(place)} cannot be read ({error}), and could when "
                         "the run began. Put it back, or mend the storage, and start again."
                     ) from error
                 logging.warning("Reading again in %g s, after: %s", seconds, error)
@@ -462,14 +609,33 @@ def read_pictures(directory: epath.PathLike) -> Iterator[dict[str, Any]]:
                 yield {"id": record.id, "image": image, "captions": list(record.captions)}
 
 
-def _check_numbers(
-    batch_size: int,
-    seed: int,
-    num_threads: int,
-    prefetch: int,
-    process_index: int,
-    process_count: int,
-) -> None:
+def _hold_out(
+    num: int,
+    shares: Mapping[Bucket, Mapping[int, float]],
+    chosen: Sequence[Mapping[Bucket, Split]],
+    *,
+    leave: int,
+) -> tuple[dict[tuple[Bucket, int], range], dict[tuple[Bucket, int], range]]:
+    """Splits the records of each (bucket, dataset) into those to train on, and the last ones.
+
+    At least `leave` of each stay.
+    """
+    parts = {(b, d): share for b in sorted(shares) for d, share in sorted(shares[b].items())}
+    sizes = [chosen[dataset][bucket].num_records for bucket, dataset in parts]
+    most = [size - leave for size in sizes]
+    if not 0 <= num <= sum(most):
+        raise InputError(
+            f"{num} records cannot be held out of {sum(sizes)} in {len(sizes)} bucket(s)"
+            f"{', of each of which one is to be trained on' if leave else ''}. Give "
+            f"config.validation.num_records of 0 to {sum(most)}."
+        )
+    counts = order.apportioned(num, list(parts.values()), most)
+    kept = [range(size - count) for size, count in zip(sizes, counts, strict=True)]
+    held = [range(size - count, size) for size, count in zip(sizes, counts, strict=True)]
+    return dict(zip(parts, kept, strict=True)), dict(zip(parts, held, strict=True))
+
+
+def _check_share(batch_size: int, process_index: int, process_count: int) -> None:
     if batch_size < 1 or batch_size % process_count:
         below = batch_size - batch_size % process_count
         nearest = [str(n) for n in (below, below + process_count) if n > 0]
@@ -479,6 +645,9 @@ def _check_numbers(
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} of process_count={process_count}")
+
+
+def _check_numbers(seed: int, num_threads: int, prefetch: int) -> None:
     if num_threads < 1 or prefetch < 1:
         raise InputError(f"num_threads={num_threads} and prefetch={prefetch} must be 1 or more.")
     if seed < 0:

@@ -87,3 +87,16 @@ def mixed(
         within, inner[mask] = mixed(inner[mask], half)
         streams[mask] = within + first
     return streams, inner
+
+
+def apportioned(num: int, shares: Sequence[float], most: Sequence[int]) -> list[int]:
+    """Splits `num` by shares into whole numbers, none above its `most`, whose sum must suffice.
+
+    What rounding down leaves goes, one by one, to those that are furthest behind.
+    """
+    quotas = [num * share / sum(shares) for share in shares]
+    counts = [min(int(quota), limit) for quota, limit in zip(quotas, most, strict=True)]
+    for _ in range(num - sum(counts)):
+        behind = [i for i, limit in enumerate(most) if counts[i] < limit]
+        counts[max(behind, key=lambda i: (quotas[i] - counts[i], -i))] += 1
+    return counts

@@ -580,3 +580,84 @@ def test_equally_many_records_are_in_another_order_in_each_data_set_and_bucket(l
         orders += [[int(i[1:]) % 12 for i in ids if i[0] == name] for name in "ab"]
     assert all(sorted(order) == list(range(12)) for order in orders)
     assert len(set(map(tuple, orders))) == 4
+
+
+def held_out_ids(loader, batch_size=4):
+    found = {}
+    for batch in loader.held_out_batches(batch_size):
+        found |= {
+            n: i for n, i in zip(batch["index"].tolist(), batch["ids"], strict=True) if n >= 0
+        }
+    return found
+
+
+def test_what_is_held_out_is_never_trained_on(load):
+    loader = load(held_out=7)
+    held_out = held_out_ids(loader)
+    assert sorted(held_out) == list(range(7))
+    assert len(set(held_out.values())) == 7
+    trained = {id for step in range(40) for id in loader.batch_at(step)["ids"]}
+    assert not trained & set(held_out.values())
+    assert len(trained) == 24 - 7
+
+
+def test_held_out_records_and_their_captions_depend_on_nothing_but_the_data(load):
+    def rows(*loaders, batch_size):
+        found = {}
+        for shares in zip(
+            *(loader.held_out_batches(batch_size) for loader in loaders), strict=True
+        ):
+            assert len({share["images"].shape for share in shares}) == 1
+            for share in shares:
+                for row, number in enumerate(share["index"].tolist()):
+                    content = (
+                        share["ids"][row],
+                        share["captions"][row],
+                        share["images"][row].sum(),
+                    )
+                    if number >= 0:
+                        assert content[1]  # no caption is dropped
+                        assert number not in found
+                        found[number] = content
+                    else:
+                        assert content == ("", "", 0)
+        return found
+
+    policy = CaptionPolicy(dropout=0.9)
+    alone = rows(load(held_out=10, policy=policy), batch_size=3)
+    assert len(alone) == 10
+    together = [
+        load(held_out=10, policy=policy, seed=5, process_index=index, process_count=4)
+        for index in range(4)
+    ]
+    assert rows(*together, batch_size=8) == alone
+    assert rows(*together, batch_size=8) == alone
+
+
+def test_the_fingerprint_says_what_is_held_out(load):
+    found = {load(held_out=num).fingerprint for num in (0, 1, 2)}
+    assert len(found) == 3
+    assert load().fingerprint == load().manifests[0].fingerprint
+
+
+def test_a_damaged_record_that_is_held_out_is_left_out(tmp_path, load):
+    make_dataset(tmp_path, [picture(f"{n}") for n in range(6)], keep_duplicates=True)
+    damage(tmp_path, [held_out_ids(load(tmp_path, held_out=3))[1]])
+    assert sorted(held_out_ids(load(tmp_path, held_out=3))) == [0, 2]
+
+
+def test_a_record_of_each_bucket_is_left_to_train_on(load):
+    with pytest.raises(
+        InputError, match=r"22 records cannot be held out of 24 in 3 bucket.*0 to 21"
+    ):
+        load(held_out=22)
+    assert len(held_out_ids(load(held_out=24, trains=False))) == 24
+
+
+def test_held_out_texts_have_the_most_slots_of_any_kind(load):
+    def tokenize(texts, slots):
+        return np.ones((len(texts), slots), np.int32), np.ones((len(texts), slots), bool)
+
+    slots = {"long": 3, "medium": 9, "short": 5, "tags": 4}
+    loader = load(held_out=5, text_slots=slots, tokenize=tokenize)
+    assert {b["token_mask"].shape for b in loader.held_out_batches(2)} == {(2, 9)}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lumina_jax.data.order import mixed, shuffled, uniforms
+from lumina_jax.data.order import apportioned, mixed, shuffled, uniforms
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 64, 97, 1000, 65537])
@@ -91,3 +91,16 @@ def test_the_random_numbers_of_a_row_are_uniform_and_its_own():
     for a, b in pairs:
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.02
     np.testing.assert_array_equal(uniforms(rows[[7, 3]], 3, seed=1), numbers[[7, 3]])
+
+
+@pytest.mark.parametrize(
+    ("num", "shares", "most", "expected"),
+    [
+        (10, [0.5, 0.3, 0.2], [9, 9, 9], [5, 3, 2]),
+        (7, [1.0, 1.0, 1.0], [9, 9, 9], [3, 2, 2]),
+        (8, [0.9, 0.1], [3, 9], [3, 5]),  # what one cannot give the others do
+        (0, [1.0, 2.0], [0, 0], [0, 0]),
+    ],
+)
+def test_a_number_is_split_by_shares(num, shares, most, expected):
+    assert apportioned(num, shares, most) == expected
