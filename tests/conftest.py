@@ -24,21 +24,6 @@ BUCKETS = (Bucket(24, 40), Bucket(32, 32), Bucket(40, 24))
 
 
 @pytest.fixture(scope="session")
-def tpu_devices():
-    """Devices of a TPU topology to compile for, from libtpu alone; no TPU is needed."""
-    from jax.experimental import topologies
-
-    # Without these libtpu asks the machine, and several processes may not load it at once.
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-8",
-        TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    )
-    return lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-
-
-@pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """24 emojis at 32 px in three buckets. Read it; copy it to change it."""
     directory = tmp_path_factory.mktemp("data") / "emojis"

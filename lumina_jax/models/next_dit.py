@@ -101,6 +101,11 @@ class NextDiTConfig:
         return self.patch_size**2 * self.in_channels
 
     @property
+    def refiner_remat(self) -> str:
+        """Of the refiners: few blocks, whose activations would come on top of all the others'."""
+        return "attention" if self.remat in ("offload", "names", "dots") else self.remat
+
+    @property
     def cond_dim(self) -> int:
         return min(self.dim, 1024)
 
@@ -176,6 +181,7 @@ class NextDiT(nnx.Module):
         """
         cfg = self.cfg
         run = functools.partial(scan_blocks, remat=cfg.remat, dtype=cfg.dtype)
+        refine = functools.partial(scan_blocks, remat=cfg.refiner_remat, dtype=cfg.dtype)
         frequencies = functools.partial(
             rope.frequencies, axes_dims=cfg.axes_dims, theta=cfg.rope_theta
         )
@@ -187,9 +193,9 @@ class NextDiT(nnx.Module):
 
         conds = [self.t_embedder(t) for t in times]
         x = self.cap_embedder(cap_feats)
-        (caption,) = run(self.context_refiner, (x,), ((cap_segments, cap_freqs),))
+        (caption,) = refine(self.context_refiner, (x,), ((cap_segments, cap_freqs),))
         xs = tuple(self.x_embedder(image.tokens) for image in images)
-        xs = run(
+        xs = refine(
             self.noise_refiner, xs, tuple(zip(image_segments, image_freqs, conds, strict=True))
         )
 
