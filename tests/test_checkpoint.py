@@ -72,6 +72,7 @@ def test_a_state_comes_back_on_any_mesh(saved, state, mesh):
     jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(f"{x.sharding}"), restored, shardings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
 def test_moments_of_every_optimizer_come_back_on_another_mesh(tmp_path, name):
     config = dataclasses.replace(OPTIM, name=name, moment_dtype="bfloat16")

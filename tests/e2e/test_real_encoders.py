@@ -62,8 +62,8 @@ def test_a_run_compiles_one_step_one_text_encoder_and_one_picture_encoder_a_buck
     loop.run(trainer)
     assert len(shapes) == 3
     assert len(step.programs) == 1
-    assert len(encode._encode_text.programs) == 1
-    assert len(encode._encode_images.programs) == 3
+    assert len(encode.encode_text.programs) == 1
+    assert len(encode.encode_images.programs) == 3
     # A batch is encoded behind a step whose results nobody has asked for yet.
     assert events[:6] == ["encode", "step", "encode", "step", "read", "encode"]
     assert events[6:9] == ["step", "read", "encode"]

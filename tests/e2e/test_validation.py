@@ -23,7 +23,7 @@ def validated(config, workdir, state=None):
     if state is None:
         state, _ = trainer.init_state()
     else:
-        state = jax.device_put(jax.device_get(state), trainer.shardings)
+        state = jax.device_put(jax.device_get(state), trainer.program.shardings)
     with jax.set_mesh(trainer.mesh):
         scalars = trainer.validator(state.ema, state.params)
         again = trainer.validator(state.ema, state.params)
@@ -61,6 +61,7 @@ def test_a_run_validates_with_both_weights_and_goes_on_with_the_same_held_out(co
         train(config, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_records_of_a_data_set_of_their_own_with_the_pooled_loss(config, tmp_path):
     make_dataset(tmp_path / "other", [picture(f"{n}") for n in range(8)], keep_duplicates=True)
     config.data.buckets = ("32x32",)

@@ -31,6 +31,7 @@ def mesh():
 
 
 @needs_use
+@pytest.mark.slow
 def test_the_step_that_is_planned_is_the_one_that_trains(mesh):
     """The same text as the step lowered with the arrays of a run."""
     config = tiny.get_config()
