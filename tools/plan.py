@@ -1,8 +1,9 @@
 """Says of a run, without any accelerator, whether it fits and how fast it can be.
 
-    python tools/plan.py --config=configs/stage2.py --topology=v5e:16x16 --config.mesh.replica=8
-    python tools/plan.py --config=configs/stage2.py --topology=v5e:2x2 --what=sample --batch_size=4
-    python tools/plan.py --config=configs/stage1.py --topology=v6e:16x16 \
+    python tools/plan.py --config=configs/stage2.py --topology=v5e:16x16
+    python tools/plan.py --config=configs/stage2.py --topology=v5e:2x2 --what=sample \
+        --batch_size=4 --config.mesh.replica=4 --config.mesh.data=1
+    python tools/plan.py --config=configs/stage1.py --topology=v6e:16x16 --config.mesh.data=-1 \
         --sweep=model.remat=names,dots,attention --sweep=mesh.replica=4,8
 
 It lowers and compiles the real program for the TPUs named, here, on a processor, and reads what the

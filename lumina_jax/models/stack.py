@@ -35,6 +35,10 @@ REMAT_POLICIES = {
 }
 
 
+# Those that go by names.
+NAMED = ("offload", "names")
+
+
 def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], num: int, *, rngs: nnx.Rngs):
     """Makes `num` blocks in one, each parameter with a leading dim of layers."""
     keys = jax.random.split(rngs.params(), num)
@@ -45,9 +49,7 @@ def scan_blocks(blocks, xs: tuple, args: tuple[tuple, ...], *, remat: str, dtype
     """Applies stacked blocks in order: x = block(x, *its args) for each of several sequences.
 
     The sequences go through a layer together, so that its kernels, which are cast to `dtype`, are
-    gathered once for all and their gradients are summed before they are scattered back. Of the
-    sequences after the first, the short ones, nothing is kept for the backward pass unless
-    everything is: a tenth of the operations is repeated more cheaply than its memory is had.
+    gathered once for all and their gradients are summed before they are scattered back.
     """
 
     def pin(x):
@@ -55,14 +57,28 @@ def scan_blocks(blocks, xs: tuple, args: tuple[tuple, ...], *, remat: str, dtype
 
     def body(xs, block):
         block = sharding.gather(block, dtype)
+        return tuple(pin(block(x, *its)) for x, its in zip(xs, args, strict=True)), None
 
-        def apply(x, its):
-            return block(x, *its)
-
-        again = apply if remat == "none" else jax.checkpoint(apply, prevent_cse=False)
-        calls = [apply] + [again] * (len(xs) - 1)
-        return tuple(pin(call(x, its)) for call, x, its in zip(calls, xs, args, strict=True)), None
-
-    body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    policy = REMAT_POLICIES[remat]
+    if remat in NAMED:
+        policy = _of_the_first(policy, num_tokens=xs[0].shape[0] * xs[0].shape[1])
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     xs, _ = jax.lax.scan(body, tuple(pin(x) for x in xs), blocks)
     return xs
+
+
+def _of_the_first(policy: Callable, *, num_tokens: int) -> Callable:
+    """Keeps of the first sequence alone; of the others, which are short, what attention gives.
+
+    The small picture of the auxiliary loss is a tenth of the operations and of the memory: on a
+    full chip repeating it is cheaper than what the compiler would repeat to make room.
+    """
+
+    def chosen(primitive, *inputs, **params):
+        if params.get("name") in ("gate", "up", "ffn_out"):
+            (x,) = inputs
+            if x.size // x.shape[-1] != num_tokens:
+                return False
+        return policy(primitive, *inputs, **params)
+
+    return chosen

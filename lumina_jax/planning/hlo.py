@@ -354,9 +354,11 @@ class _Walk:
             arrays = tuple(itertools.chain.from_iterable(arrays_in(o.type) for o in operands))
         scatters = within is not None and "all-reduce-scatter" in frame.computation.name
         carried = within is not None and self.carries(frame.computation.name)
-        # Other collectives may share a channel and are still several.
-        key = (frame.path, instruction.find(r"channel_id=(\d+)") if carried else instruction.name)
-        if key in self.collectives:
+        # An asynchronous gather is repeated in all that carries a part of it, loops inside its own
+        # among them. Other collectives may share a channel and are still several.
+        channel = instruction.find(r"channel_id=(\d+)")
+        key = ("carried", channel) if carried else (frame.path, instruction.name)
+        if key in self.collectives and self.collectives[key].executions <= frame.executions:
             return
         self.collectives[key] = Collective(
             kind="reduce-scatter" if scatters else kind,

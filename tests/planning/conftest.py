@@ -17,7 +17,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 # A model of the same layers as the large ones, but small; 144 image and 192 text slots, 336 tokens,
 # numbers that no size of the model has.
 SMALL = (
-    "--config=configs/stage1.py", "--config.model.preset=tiny", "--config.model.dim=320",
+    "--config=configs/stage1.py", "--config.mesh.replica=1", "--config.mesh.data=-1",
+    "--config.model.preset=tiny", "--config.model.dim=320",
     "--config.model.hidden_dim=1024", "--config.model.axes_dims=(16,32,32)",
     "--config.model.num_layers=2", "--config.data.resolution=192",
     "--config.text_encoder.max_tokens=192", "--config.train.batch_size=16",

@@ -169,7 +169,8 @@ def test_a_sweep_ranks_what_fits(libtpu, tmp_path):
 def test_the_layout_of_the_released_width(libtpu, tmp_path):
     """Goals 5 and 6 on two layers of the 2b model; lengths that are no size of it."""
     planned = run_plan(
-        tmp_path, "--config=configs/stage1.py", "--topology=v5e:2x4",
+        tmp_path, "--config=configs/stage1.py", "--config.mesh.replica=1", "--config.mesh.data=-1",
+        "--topology=v5e:2x4",
         "--config.model.num_layers=2", "--config.model.num_refiner_layers=1",
         "--config.data.resolution=192", "--config.text_encoder.max_tokens=192",
         "--config.train.batch_size=16", f"--hlo={tmp_path / 'program.hlo'}",
