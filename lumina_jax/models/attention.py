@@ -175,10 +175,7 @@ def _splash_kernel(num_heads: int, num_tokens: int, interpret: bool):
 
 
 def splash_blocks(num_tokens: int) -> splash_attention_kernel.BlockSizes:
-    """Tile sizes for this many tokens, a multiple of 128.
-
-    Each must divide the length: otherwise the kernel leaves out the rest without a word.
-    """
+    """Tile sizes for this many tokens, a multiple of 128; each divides what it cuts."""
     block = _block(num_tokens, 1024)
     return splash_attention_kernel.BlockSizes(
         block_q=block,
