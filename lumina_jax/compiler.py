@@ -1,12 +1,23 @@
-"""What the compiler is told, by kind of device."""
+"""What the compiler is told, by kind of device. What each option gave: docs/performance.md."""
 
-import jax
+from collections.abc import Mapping
 
-# The tiles of a matrix product lie in a TPU's vector memory; with more of it than the 16 MiB that
-# are the default they are larger, and operands are read less often (docs/performance.md).
-_TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
+# By the start of `device_kind`. Others of their users: config.compile.options.
+_OPTIONS = {
+    # The tiles of a matrix product lie in a TPU's vector memory; with more of it than the 16 MiB
+    # that are the default they are larger, and operands are read less often.
+    "TPU": {"xla_tpu_scoped_vmem_limit_kib": "32768"},
+    # A v5e moves parts of a gather between the instructions of a fusion. With elementwise ones
+    # allowed to carry parts, all gathers of a layer are hidden; by default, those are not that have
+    # no product before them. Other TPUs refuse the option.
+    "TPU v5 lite": {"xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": "true"},
+}
 
 
-def options(mesh: jax.sharding.Mesh) -> dict[str, str]:
-    """For `jax.jit(compiler_options=)` of the large programs."""
-    return dict(_TPU_OPTIONS) if mesh.devices.flat[0].platform == "tpu" else {}
+def options(device_kind: str, changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """For `jax.jit(compiler_options=)` of the large programs; `changes` are added, and win."""
+    found = {}
+    for start, those in _OPTIONS.items():
+        if device_kind.startswith(start):
+            found |= those
+    return found | dict(changes or {})

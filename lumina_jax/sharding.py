@@ -29,7 +29,8 @@ AXIS_RULES = {
     "cond": "data",
     "heads": "model",
     "kv_heads": "model",
-    "mlp": "model",
+    # Rows of 9216 / 32 = 288 fill whole tiles in bfloat16, which 2304 / 32 = 72 do not.
+    "mlp": ("model", "data"),
     "modulation": "model",
     "matrices": ("data", "model"),
     "act_batch": ("replica", "data"),
@@ -44,8 +45,8 @@ PARAM_RULES = (
     (r"attention/q/kernel", ("embed", "heads", "head_dim")),
     (r"attention/(k|v)/kernel", ("embed", "kv_heads", "head_dim")),
     (r"attention/out/kernel", ("heads", "head_dim", "embed")),
-    (r"feed_forward/(gate|up)/kernel", ("embed", "mlp")),
-    (r"feed_forward/down/kernel", ("mlp", "embed")),
+    (r"feed_forward/(gate|up)/kernel", (None, "mlp")),
+    (r"feed_forward/down/kernel", ("mlp", None)),
     (r"modulation/kernel", ("cond", "modulation")),
     (r"t_embedder/(hidden|out)/kernel", (None, "cond")),
     (r"cap_embedder/linear/kernel", (None, "embed")),
@@ -61,8 +62,8 @@ GEMMA2_RULES = (
     (r"attention/q/kernel", ("embed", "heads", "head_dim")),
     (r"attention/(k|v)/kernel", ("embed", None, "head_dim")),
     (r"attention/out/kernel", ("heads", "head_dim", "embed")),
-    (r"feed_forward/(gate|up)/kernel", ("embed", "mlp")),
-    (r"feed_forward/down/kernel", ("mlp", "embed")),
+    (r"feed_forward/(gate|up)/kernel", (None, "mlp")),
+    (r"feed_forward/down/kernel", ("mlp", None)),
     (r"scale$", (None,)),
 )
 
@@ -105,6 +106,11 @@ def make_mesh(*, replica: int, data: int, model: int, devices=None) -> Mesh:
     # sharding on a 16x16 torus, where rows of the reshape are contiguous strips anyway.
     grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def device_kind(mesh: Mesh) -> str:
+    """Of the devices of a mesh, such as "TPU v6 lite"."""
+    return mesh.devices.flat[0].device_kind
 
 
 def _nearest_mesh(num_devices: int, replica: int, model: int) -> tuple[int, int, int]:
@@ -151,7 +157,8 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = PARAM_RULES) -> Any:
         for size, axis in zip(leaf.shape, axes, strict=True):
             parts = math.prod(mesh.shape[a] for a in _mesh_axes(axis))
             if size % parts:
-                faults[f"{axis}={size} over {AXIS_RULES[axis]}={parts}"] = name
+                over = " x ".join(_mesh_axes(axis))
+                faults[f"{axis}={size} over {over}={parts}"] = name
         return named(mesh, axes)
 
     shardings = jax.tree_util.tree_map_with_path(one, tree)
@@ -190,15 +197,15 @@ def gather(params: Any, dtype: str | None = None, rules: Rules = PARAM_RULES) ->
     if jax.sharding.get_abstract_mesh().empty:
         return params
 
+    batch = _mesh_axes("act_batch")
+
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         axes = param_axes(name, leaf.ndim, rules)
         if dtype is not None and name.endswith("kernel"):
             leaf = leaf.astype(dtype)
-        whole = tuple(
-            None if set(_mesh_axes(a)) & set(_mesh_axes("act_batch")) else a for a in axes
-        )
-        return _gathered(leaf, spec(axes), spec(whole))
+        whole = P(*(tuple(m for m in _mesh_axes(a) if m not in batch) or None for a in axes))
+        return _gathered(leaf, spec(axes), whole)
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -311,7 +311,9 @@ def step_program(
         settings=settings,
         donate_argnums=0,
         out_shardings=(shardings, sharding.named(mesh, ())),
-        compiler_options=compiler.options(mesh),
+        compiler_options=compiler.options(
+            sharding.device_kind(mesh), config.compile.options.to_dict()
+        ),
     )
     learning_rate = optim.learning_rate(optim_config, config.train.num_steps)
     return StepProgram(program, optimizer, learning_rate, abstract_state, shardings)

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -58,12 +59,34 @@ def test_no_large_array_is_left_whole():
     """Over 32 x 1 devices every kernel of the released model is split."""
     for path, leaf in paths(abstract_params(RELEASED)).items():
         if leaf.size > 1_000_000:
-            assert "data" in sharding.spec(sharding.param_axes(path, leaf.ndim)), path
+            assert "data" in str(sharding.spec(sharding.param_axes(path, leaf.ndim))), path
 
 
 def test_heads_split_over_model_and_width_over_data():
     axes = sharding.param_axes("layers/attention/q/kernel", ndim=4)
     assert sharding.spec(axes) == P(None, "data", "model", None)
+
+
+def test_of_the_feed_forward_its_own_width_is_split_by_both():
+    """The one dim that 32 devices cut into whole tiles (docs/performance.md)."""
+    for name, expected in (
+        ("gate", P(None, None, ("model", "data"))),
+        ("down", P(None, ("model", "data"), None)),
+    ):
+        axes = sharding.param_axes(f"layers/feed_forward/{name}/kernel", ndim=3)
+        assert sharding.spec(axes) == expected
+
+
+def test_what_is_gathered_stays_split_by_model():
+    mesh = sharding.make_mesh(replica=2, data=2, model=2)
+    cfg = NextDiTConfig.preset("tiny")
+    with jax.set_mesh(mesh):
+        whole = jax.jit(sharding.gather)(
+            jax.tree.map(lambda x: jnp.ones(x.shape), abstract_params(cfg)["layers"])
+        )
+    assert whole["feed_forward"]["gate"]["kernel"].sharding.spec == P(None, None, "model")
+    assert whole["feed_forward"]["down"]["kernel"].sharding.spec == P(None, "model")
+    assert whole["attention"]["q"]["kernel"].sharding.spec == P(None, None, "model")
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,13 @@ _CHANGES = flags.DEFINE_multi_string(
 # Parameters are split 32 ways: their rows fill whole tiles then, and a part of the state is small
 # (docs/planning.md). What chips are left hold copies.
 DATA_AXIS = 32
-# What memory asks for: eight pictures of 1024 px a chip leave no room for the feed-forward's.
+# At eight pictures of 1024 px a chip: four at a time, or there is room for all products.
+_HALVES, _ROOM = ("train.num_microbatches=2",), ("model.remat=dots",)
 CHANGES = {
-    ("stage2", "v6e:8x8"): ("model.remat=attention",),
-    ("stage3", "v6e:8x8"): ("model.remat=attention",),
+    ("stage2", "v6e:8x8"): _HALVES,
+    ("stage3", "v6e:8x8"): _HALVES,
+    ("stage2", "v5p:4x4x4"): _ROOM,
+    ("stage3", "v5p:4x4x4"): _ROOM,
 }
 
 

@@ -58,16 +58,18 @@ class TransformerBlock(nnx.Module):
         x: Float[Array, "B T D"],
         segment_ids: Int[Array, "B T"],
         freqs: rope.Freqs,
-        cond: Float[Array, "B A"] | None = None,
+        modulation: Float[Array, "B M"] | None = None,
     ) -> Float[Array, "B T D"]:
-        if self.modulation is None:
+        """`modulation` is what `modulate` made of the time for this block."""
+        if modulation is None:
             x = x + self.attention_norm2(
                 self.attention(self.attention_norm1(x), segment_ids, freqs)
             )
             x = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         else:
-            modulation = self.modulation(nnx.silu(cond))[:, None, :]
-            scale_attention, gate_attention, scale_ffn, gate_ffn = jnp.split(modulation, 4, axis=-1)
+            scale_attention, gate_attention, scale_ffn, gate_ffn = jnp.split(
+                modulation[:, None, :], 4, axis=-1
+            )
 
             h = self.attention_norm1(x) * (1 + scale_attention)
             h = self.attention(h, segment_ids, freqs)
@@ -97,6 +99,24 @@ class FinalLayer(nnx.Module):
     ) -> Float[Array, "B T P"]:
         scale = self.modulation(nnx.silu(cond))[:, None, :]
         return self.linear(self.norm(x) * (1 + scale))
+
+
+def modulate(modulation: nnx.Linear, cond: Float[Array, "B A"]) -> Float[Array, "L B M"]:
+    """What each of L stacked maps makes of the condition, all layers at once.
+
+    Their kernels are an eighth of a layer and stay where they lie: the conditions of all pictures,
+    which are a few kilobytes, come to them, and what the devices make of their own rows is summed.
+    """
+    cond = sharding.constrain(nnx.silu(cond), ("act_replica", "cond"))
+    kernel, bias = modulation.kernel[...], modulation.bias[...]
+    out = jnp.einsum(
+        "BA,LAM->BLM",
+        cond.astype(modulation.dtype),
+        kernel.astype(modulation.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    out = sharding.constrain(out, ("act_batch", None, None))
+    return jnp.swapaxes((out + bias[None]).astype(modulation.dtype), 0, 1)
 
 
 def modulation(cfg, count: int, *, rngs: nnx.Rngs) -> nnx.Linear:

@@ -22,7 +22,7 @@ from lumina_jax import sharding
 from lumina_jax.errors import InputError
 from lumina_jax.models import quantized, rope
 from lumina_jax.models.attention import IMPLEMENTATIONS
-from lumina_jax.models.blocks import FinalLayer, TransformerBlock
+from lumina_jax.models.blocks import FinalLayer, TransformerBlock, modulate
 from lumina_jax.models.embed import CaptionEmbedder, TimestepEmbedder
 from lumina_jax.models.stack import REMAT_POLICIES, scan_blocks, stack_blocks
 from lumina_jax.types import ImageTokens
@@ -196,17 +196,21 @@ class NextDiT(nnx.Module):
         (caption,) = refine(self.context_refiner, (x,), ((cap_segments, cap_freqs),))
         xs = tuple(self.x_embedder(image.tokens) for image in images)
         xs = refine(
-            self.noise_refiner, xs, tuple(zip(image_segments, image_freqs, conds, strict=True))
+            self.noise_refiner,
+            xs,
+            tuple(zip(image_segments, image_freqs, strict=True)),
+            tuple(modulate(self.noise_refiner.modulation, cond) for cond in conds),
         )
 
         def join(image, caption):
             return jnp.concatenate([caption, image], axis=1)
 
         args = tuple(
-            (join(segments, cap_segments), jax.tree.map(join, freqs, cap_freqs), cond)
-            for segments, freqs, cond in zip(image_segments, image_freqs, conds, strict=True)
+            (join(segments, cap_segments), jax.tree.map(join, freqs, cap_freqs))
+            for segments, freqs in zip(image_segments, image_freqs, strict=True)
         )
-        xs = run(self.layers, tuple(join(x, caption) for x in xs), args)
+        modulations = tuple(modulate(self.layers.modulation, cond) for cond in conds)
+        xs = run(self.layers, tuple(join(x, caption) for x in xs), args, modulations)
         return tuple(
             self.final_layer(x[:, caption.shape[1] :], cond).astype(jnp.float32)
             for x, cond in zip(xs, conds, strict=True)

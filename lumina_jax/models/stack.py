@@ -45,26 +45,57 @@ def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], num: int, *, rngs
     return jax.vmap(lambda key: make_block(nnx.Rngs(key)))(keys)
 
 
-def scan_blocks(blocks, xs: tuple, args: tuple[tuple, ...], *, remat: str, dtype: str) -> tuple:
-    """Applies stacked blocks in order: x = block(x, *its args) for each of several sequences.
+def scan_blocks(
+    blocks,
+    xs: tuple,
+    args: tuple[tuple, ...],
+    modulations: tuple | None = None,
+    *,
+    remat: str,
+    dtype: str,
+) -> tuple:
+    """Applies stacked blocks in order: x = block(x, *its args, modulation) for several sequences.
 
     The sequences go through a layer together, so that its kernels, which are cast to `dtype`, are
     gathered once for all and their gradients are summed before they are scattered back.
+
+    Args:
+      blocks: From `stack_blocks`.
+      xs: The sequences.
+      args: Of each sequence, the same for every block.
+      modulations: Of each sequence, one for each block (`blocks.modulate`); None: not modulated.
+      remat: A name in REMAT_POLICIES.
+      dtype: Of the kernels.
     """
 
     def pin(x):
         return sharding.constrain(x, ("act_batch", "act_sequence", "act_embed"))
 
-    def body(xs, block):
+    def body(xs, layer):
+        block, modulations = layer
         block = sharding.gather(block, dtype)
-        return tuple(pin(block(x, *its)) for x, its in zip(xs, args, strict=True)), None
+        modulations = modulations or (None,) * len(xs)
+        return tuple(
+            pin(block(x, *its, modulation))
+            for x, its, modulation in zip(xs, args, modulations, strict=True)
+        ), None
 
     policy = REMAT_POLICIES[remat]
     if remat in NAMED:
         policy = _of_the_first(policy, num_tokens=xs[0].shape[0] * xs[0].shape[1])
     body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    xs, _ = jax.lax.scan(body, tuple(pin(x) for x in xs), blocks)
+    layers = (_without_modulation(blocks), modulations)
+    xs, _ = jax.lax.scan(body, tuple(pin(x) for x in xs), layers)
     return xs
+
+
+def _without_modulation(blocks):
+    """Its maps have done their work, and would be scanned and gathered for nothing."""
+
+    def one(path, leaf):
+        return None if "modulation" in jax.tree_util.keystr(path) else leaf
+
+    return jax.tree_util.tree_map_with_path(one, blocks)
 
 
 def _of_the_first(policy: Callable, *, num_tokens: int) -> Callable:

@@ -242,8 +242,10 @@ class _Walk:
                 self.note_collective(frame, instruction, within=None)
 
     def fused(self, frame: Frame, outermost: Instruction) -> None:
-        """A fusion: its products and collectives count, its other results stay in registers."""
+        """A fusion: products, collectives and kernels count, other results stay in registers."""
         for instruction in frame.computation.instructions.values():
+            if "tpu_custom_call" in instruction.rest:
+                self.note_kernel(frame, instruction)
             self.note_dot(frame, instruction)
             self.note_collective(frame, instruction, within=outermost)
             if instruction.opcode in ("fusion", "call", "call-start", "async-start"):

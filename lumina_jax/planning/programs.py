@@ -102,7 +102,9 @@ def lower_train(
         sequences=_sequences(
             [slots, slots // 16] if config.flow.auxiliary_weight else [slots], text_slots
         ),
-        compiler_options=compiler.options(mesh),
+        compiler_options=compiler.options(
+            sharding.device_kind(mesh), config.compile.options.to_dict()
+        ),
     )
 
 
@@ -162,7 +164,7 @@ def lower_sample(
             "batch": _bytes(batch),
         },
         sequences=_sequences([image_tokens], text_slots),
-        compiler_options=compiler.options(mesh),
+        compiler_options=compiler.options(sharding.device_kind(mesh)),
     )
 
 

@@ -85,7 +85,7 @@ class Pipeline:
                 "autoencoder": autoencoder.fingerprint(),
             },
             out_shardings=replicated,
-            compiler_options=compiler.options(mesh),
+            compiler_options=compiler.options(sharding.device_kind(mesh)),
         )
 
     @classmethod

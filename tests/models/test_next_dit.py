@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lumina_jax import sharding
 from lumina_jax.errors import InputError
 from lumina_jax.models import embed, next_dit, rope
-from lumina_jax.models.blocks import TransformerBlock
+from lumina_jax.models.blocks import TransformerBlock, modulate, modulation
 from lumina_jax.models.next_dit import NextDiTConfig
+from lumina_jax.models.stack import stack_blocks
 from lumina_jax.types import ImageTokens
 
 TOY = NextDiTConfig(
@@ -95,9 +97,38 @@ def test_a_fresh_block_is_the_identity_only_where_it_is_modulated(modulated):
     block = TransformerBlock(TOY, modulated=modulated, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 5, TOY.dim))
     freqs = rope.frequencies(jnp.zeros((2, 5, 3), jnp.int32), TOY.axes_dims, TOY.rope_theta)
-    cond = jnp.ones((2, TOY.cond_dim)) if modulated else None
-    out = block(x, jnp.ones((2, 5), jnp.int32), freqs, cond)
+    modulation = block.modulation(jnp.ones((2, TOY.cond_dim))) if modulated else None
+    out = block(x, jnp.ones((2, 5), jnp.int32), freqs, modulation)
     assert np.array_equal(out, x) == modulated
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (2, 2, 2), (8, 1, 1)])
+def test_modulations_of_all_layers_equal_those_of_each(sizes):
+    """Their kernels stay split by rows, and what the devices make of them is summed."""
+    maps = stack_blocks(lambda rngs: modulation(TOY, 4, rngs=rngs), 3, rngs=nnx.Rngs(0))
+    graphdef = nnx.graphdef(maps)
+    kernel = jax.random.normal(jax.random.key(1), maps.kernel.shape)
+    bias = jax.random.normal(jax.random.key(2), maps.bias.shape)
+    cond = jax.random.normal(jax.random.key(3), (8, TOY.cond_dim))
+
+    def loss(kernel, bias, cond):
+        maps = nnx.merge(graphdef, {"kernel": kernel, "bias": bias})
+        out = modulate(maps, cond)
+        return jnp.sum(jnp.sin(out)), out
+
+    def plain(kernel, bias, cond):
+        out = jnp.stack([nnx.silu(cond) @ k + b[None] for k, b in zip(kernel, bias, strict=True)])
+        return jnp.sum(jnp.sin(out)), out
+
+    grad = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    expected = jax.value_and_grad(plain, argnums=(0, 1, 2), has_aux=True)(kernel, bias, cond)
+    mesh = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes, strict=True)))
+    with jax.set_mesh(mesh):
+        split = sharding.named(mesh, (None, "cond", "modulation"))
+        found = jax.jit(grad)(jax.device_put(kernel, split), bias, cond)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected
+    )
 
 
 def test_q_k_and_v_start_as_parts_of_one_xavier_matrix():
