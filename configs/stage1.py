@@ -10,10 +10,10 @@ Every picture is seen 1.47 times. launch/stages.sh runs this stage and the two a
 
 From the stage before: nothing; the model is drawn from the seed.
 
-Topology: 256 v5e (16x16) as 8 replicas of 32 parts: 2304 = 2^8 * 9 leaves 72 rows of a kernel to
-each of 32 devices, whole tiles of 8; at 64 or 256 parts they are not, and the compiler then reduces
+Topology: 256 v5e (16x16) as 8 replicas of 32 parts: 9216 and 2304 leave 288 and 72 rows of a kernel
+to each of 32 devices, whole tiles of 8; at 256 parts they are not, and the compiler then reduces
 gradients and gathers weights in ways that cost more. On 64 v5p (4x4x4): --config.mesh.replica=2.
-Expected by tools/plan: 0.277 s a step, 3,690 images/s, 11.1 hours, 2,840 chip-hours on 256 v5e
+Expected by tools/plan: 0.251 s a step, 4,080 images/s, 10.0 hours, 2,570 chip-hours on 256 v5e
 (never run there); other topologies in docs/performance.md.
 
 The frozen text encoder and VAE are those of the released pipeline: name a local copy with

@@ -7,7 +7,7 @@ residual stream never is. Scale and gate come from the time and start at zero, s
 block is the identity. The blocks that refine the caption know no time: scale 0 and gate 1.
 
 Axes: B batch, T tokens, n = B * T, D model width, A width of the condition, F width inside the
-feed-forward.
+feed-forward, L layers, M = 4 D numbers that modulate a block.
 """
 
 import jax.numpy as jnp
