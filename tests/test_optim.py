@@ -191,7 +191,9 @@ def test_moments_in_bfloat16_halve_and_hardly_change_the_step():
     assert float(error / jnp.linalg.norm(runs["float32"])) < 0.02
 
 
-@EVERY_OPTIMIZER
+@pytest.mark.parametrize(
+    "name", ["adamw", *(pytest.param(n, marks=pytest.mark.slow) for n in ("muon", "adafactor"))]
+)
 def test_an_optimizer_takes_the_same_steps_on_every_mesh(name):
     optimizer = optim.make_optimizer(dataclasses.replace(CONFIG, name=name), num_steps=100)
     params, grads = some_tree(0), some_tree(1)

@@ -33,6 +33,7 @@ def real_config(config, folder):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_compiles_one_step_one_text_encoder_and_one_picture_encoder_a_bucket(
     real_config, tmp_path, monkeypatch
 ):

@@ -64,7 +64,8 @@ def check_layout(planned, text, lengths):
     assert n["ici_all_gather_gb"] < 2.1 * once
     # Gradients of vectors, some made by an update of zeros, are summed in one all-reduce.
     assert n["fake_gather_gb"] < 0.02 * once
-    assert 2.5 * once < n["ici_gb"] < 3.35 * once
+    # Kernels of modulations, an eighth of a layer, are not gathered.
+    assert 2.2 * once < n["ici_gb"] < 3.35 * once
 
 
 @pytest.mark.slow
