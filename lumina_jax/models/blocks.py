@@ -61,7 +61,7 @@ class TransformerBlock(nnx.Module):
         modulation: Float[Array, "B M"] | None = None,
     ) -> Float[Array, "B T D"]:
         """`modulation` is what `modulate` made of the time for this block."""
-        if modulation is None:
+        if self.modulation is None:
             x = x + self.attention_norm2(
                 self.attention(self.attention_norm1(x), segment_ids, freqs)
             )
