@@ -104,7 +104,7 @@ class FinalLayer(nnx.Module):
 def modulate(modulation: nnx.Linear, cond: Float[Array, "B A"]) -> Float[Array, "L B M"]:
     """What each of L stacked maps makes of the condition, all layers at once.
 
-    Their kernels are an eighth of a layer and stay where they lie: the conditions of all pictures,
+    Their kernels are a ninth of a layer and stay where they lie: the conditions of all pictures,
     which are a few kilobytes, come to them, and what the devices make of their own rows is summed:
     on each device, 4 L M bytes for each picture of its replica before the sum, 1 MB for 2b.
     """

@@ -244,7 +244,7 @@ class _Walk:
     def fused(self, frame: Frame, outermost: Instruction) -> None:
         """A fusion: products, collectives and kernels count, other results stay in registers."""
         for instruction in frame.computation.instructions.values():
-            if "tpu_custom_call" in instruction.rest:
+            if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.rest:
                 self.note_kernel(frame, instruction)
             self.note_dot(frame, instruction)
             self.note_collective(frame, instruction, within=outermost)
