@@ -372,7 +372,7 @@ class _Walk:
             asynchronous=carried
             or instruction.opcode.endswith("-start")
             or (within is not None and within.opcode == "async-start"),
-            fake_gather=kind == "all-reduce" and any(map(self.updates, operands)),
+            fake_gather=kind == "all-reduce" and self.mostly_updates(operands),
         )
 
     def note_transfer(self, frame: Frame, send: Instruction) -> None:
@@ -406,6 +406,12 @@ class _Walk:
             "AsyncCollective" in instruction.find(r'custom_call_target="(\w+)"')
             for instruction in instructions
         )
+
+    def mostly_updates(self, operands: list[Instruction]) -> bool:
+        """By bytes: the compiler puts many small sums into one all-reduce, some made by updates."""
+        sizes = [sum(array.bytes for array in arrays_in(o.type)) for o in operands]
+        updated = sum(size for size, o in zip(sizes, operands, strict=True) if self.updates(o))
+        return 2 * updated > sum(sizes)
 
     def updates(self, instruction: Instruction) -> bool:
         """Whether it places a part in an array that is otherwise empty."""

@@ -51,6 +51,7 @@ def test_weights_are_gathered_and_scattered_and_nothing_else_travels(small_plan)
 
 def check_layout(planned, text, lengths):
     n = planned.json["programs"]["train"]["numbers"]
+    assert n["fake_gather_gb"] == 0
     assert n["score_buffers"] == 0
     program = hlo.analyze(text)
     with_tokens = [c for c in program.collectives if lengths & set(c.shape)]
@@ -62,8 +63,6 @@ def check_layout(planned, text, lengths):
     # backward, scattered once; shards that do not fill tiles are filled up.
     once = 2 * (n["parameters_gib"] * 2**30 * 8 / 4) / 1e9 * 7 / 8
     assert n["ici_all_gather_gb"] < 2.1 * once
-    # Gradients of vectors, some made by an update of zeros, are summed in one all-reduce.
-    assert n["fake_gather_gb"] < 0.02 * once
     # Kernels of modulations, a ninth of a layer of the large model, are not gathered.
     assert 2.2 * once < n["ici_gb"] < 3.35 * once
 
