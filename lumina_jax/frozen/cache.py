@@ -7,6 +7,7 @@ and `check` refuses a run that has another.
 Axes: B batch, H W picture, h w C latents, S caption slots, F text features.
 """
 
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -115,6 +116,10 @@ def cache_features(
         encoders["latents"] = _Latents(autoencoder, mesh, batch_size)
     if "cap_feats" in features:
         encoders["cap_feats"] = _CapFeats(text_encoder, mesh, batch_size, system_prompt)
+
+    def num_cut() -> int:
+        return encoders["cap_feats"].num_truncated if "cap_feats" in encoders else 0
+
     splits, num_truncated, done = [], 0, 0
     with progress_bar("Encoding", found.num_records, unit="records") as advance:
         for split in found.splits:
@@ -122,14 +127,14 @@ def cache_features(
             for shard in split.shards:
                 path, counted = output / shard.name, unfinished / f"{shard.name}.json"
                 if not counted.exists():  # written last: then the shard is there too
-                    before = text_encoder.num_truncated
+                    before = num_cut()
                     stored = Records(source, dataclasses.replace(split, shards=(shard,)))
                     with records.shard_writer(path) as write:
                         for record in _encoded(stored, split.bucket, encoders, batch_size):
                             write(record)
                             done += 1
                             advance(done)
-                    files.write(counted, json.dumps(text_encoder.num_truncated - before))
+                    files.write(counted, json.dumps(num_cut() - before))
                 else:
                     done += shard.num_records
                 num_truncated += json.loads(counted.read_text())
@@ -299,10 +304,15 @@ class _CapFeats:
         batch_size: int,
         system_prompt: str,
     ):
-        self._text_encoder, self._batch_size = text_encoder, batch_size
+        # A copy, which counts alone what it cuts: threads of a call that failed may still read ahead.
+        self._text_encoder, self._batch_size = copy.copy(text_encoder), batch_size
         self._system_prompt = system_prompt
         self._params = text_encoder.load_params(mesh)
         self._encode = _program(text_encoder.encode, mesh)
+
+    @property
+    def num_truncated(self) -> int:
+        return self._text_encoder.num_truncated
 
     def prepare(self, chunk: Sequence[Record], bucket: Bucket):
         captions = [record.captions for record in chunk]
