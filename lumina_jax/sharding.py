@@ -4,7 +4,7 @@ The mesh has three axes (a tensor has dims, a mesh has axes):
 
     replica   plain data parallelism, between slices that a slow network joins
     data      the batch is split, and so are parameters, EMA and moments (FSDP)
-    model     heads and feed-forward width are split (tensor parallelism)
+    model     heads and feed-forward width are split (tensor parallelism), tokens between them
 """
 
 import functools
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from lumina_jax.errors import InputError
 
@@ -35,6 +36,9 @@ AXIS_RULES = {
     "matrices": ("data", "model"),
     "act_batch": ("replica", "data"),
     "act_replica": "replica",  # a batch that is whole where the features are split: a table look-up
+    # Between attention and feed-forward a chip keeps its own tokens (sequence parallelism): norms
+    # are worked out once, and what the backward pass keeps of them takes 1 / model of the memory.
+    "act_sequence": "model",
     "act_heads": "model",
     "act_mlp": "model",
 }
@@ -240,6 +244,20 @@ def spread(x):
     parts = math.prod(mesh.shape[axis] for axis in _mesh_axes("matrices"))
     x = jax.numpy.pad(x, ((0, -len(x) % parts), (0, 0), (0, 0)))
     return jax.lax.with_sharding_constraint(x, spec(("matrices", None, None)))
+
+
+def split_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Each part of the tokens on its own chip of `model`; partial sums are summed and scattered."""
+    return constrain(x, ("act_batch", "act_sequence", "act_embed"))
+
+
+@jax.custom_vjp
+def gather_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """All tokens on every chip of `model`. Its gradient is split, or it would be all-reduced."""
+    return constrain(x, ("act_batch", None, "act_embed"))
+
+
+gather_tokens.defvjp(lambda x: (gather_tokens(x), None), lambda _, g: (split_tokens(g),))
 
 
 def constrain(x, axes):

@@ -24,20 +24,13 @@ import tempfile
 from absl import flags, logging
 from ml_collections import config_flags
 
-# libtpu reads its arguments when it is loaded, which the imports below do not do yet: the code of
-# Pallas kernels is counted where it is dumped.
-_DUMP = tempfile.TemporaryDirectory(prefix="lumina_jax_plan_")
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # what a cache answers dumps nothing
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # its answer tells no time of compiling
 
-from lumina_jax import cli, files, sharding  # noqa: E402  (jax reads the variables above)
-from lumina_jax.errors import InputError  # noqa: E402
-from lumina_jax.planning import bundles, describe, programs, report  # noqa: E402
-from lumina_jax.planning.chips import Topology  # noqa: E402
-
-os.environ["LIBTPU_INIT_ARGS"] = (
-    f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {bundles.dump_flags(_DUMP.name)}"
-)
+from lumina_jax import cli, files, sharding
+from lumina_jax.errors import InputError
+from lumina_jax.planning import describe, programs, report
+from lumina_jax.planning.chips import Topology
 
 config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16, or 2*v5e:16x16: two slices.")
@@ -122,7 +115,7 @@ def plan(lowered: programs.Lowered, topology: Topology) -> dict:
         return known
     logging.info("Compiling %s ...", lowered.name)
     try:
-        made = report.compile_and_report(lowered, topology, _DUMP.name)
+        made = report.compile_and_report(lowered, topology)
     except report.DoesNotFitError as error:
         return {
             "fits": False,

@@ -304,7 +304,7 @@ class _CapFeats:
         batch_size: int,
         system_prompt: str,
     ):
-        # A copy, which counts alone what it cuts: threads of a call that failed may still read ahead.
+        # A copy, which counts what it cuts itself: a call that failed may still be reading ahead.
         self._text_encoder, self._batch_size = copy.copy(text_encoder), batch_size
         self._system_prompt = system_prompt
         self._params = text_encoder.load_params(mesh)

@@ -236,6 +236,7 @@ class JointAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], freqs: rope.Freqs
     ) -> Float[Array, "B T D"]:
+        x = sharding.gather_tokens(x)
         q, k, v = (
             sharding.constrain(project(x), ("act_batch", "act_heads", None, None))
             for project in (self.q, self.k, self.v)
@@ -246,4 +247,4 @@ class JointAttention(nnx.Module):
         else:
             q, k = rope.rotate(self.q_norm(q), freqs), rope.rotate(self.k_norm(k), freqs)
             heads = attention(q, k, v, segment_ids, implementation)
-        return checkpoint_name(self.out(heads), "attention_out")
+        return checkpoint_name(sharding.split_tokens(self.out(heads)), "attention_out")

@@ -33,12 +33,13 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         # Tokens in one dim: over two, the gradient of a kernel costs a CPU twice the time.
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = sharding.gather_tokens(x).reshape(-1, x.shape[-1])
         gate = checkpoint_name(self.gate(tokens), "gate")
         up = checkpoint_name(self.up(tokens), "up")
         hidden = nnx.silu(gate) * up
         hidden = sharding.constrain(hidden, ("act_batch", "act_mlp"))
-        return checkpoint_name(self.down(hidden).reshape(x.shape), "ffn_out")
+        out = sharding.split_tokens(self.down(hidden).reshape(x.shape))
+        return checkpoint_name(out, "ffn_out")
 
 
 class TransformerBlock(nnx.Module):

@@ -68,15 +68,12 @@ def scan_blocks(
       dtype: Of the kernels.
     """
 
-    def pin(x):
-        return sharding.constrain(x, ("act_batch", "act_sequence", "act_embed"))
-
     def body(xs, layer):
         block, modulations = layer
         block = sharding.gather(block, dtype)
         modulations = modulations or (None,) * len(xs)
         return tuple(
-            pin(block(x, *its, modulation))
+            sharding.split_tokens(block(x, *its, modulation))
             for x, its, modulation in zip(xs, args, modulations, strict=True)
         ), None
 
@@ -85,7 +82,7 @@ def scan_blocks(
         policy = _of_the_first(policy, num_tokens=xs[0].shape[0] * xs[0].shape[1])
     body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     layers = (_without_modulation(blocks), modulations)
-    xs, _ = jax.lax.scan(body, tuple(pin(x) for x in xs), layers)
+    xs, _ = jax.lax.scan(body, tuple(sharding.split_tokens(x) for x in xs), layers)
     return xs
 
 

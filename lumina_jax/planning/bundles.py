@@ -1,10 +1,7 @@
 """How long Pallas kernels take, counted in the machine code that libtpu makes of them.
 
-The estimates in a program's text leave kernels out (hlo.py). With `dump_flags(folder)` in
-LIBTPU_INIT_ARGS before libtpu is loaded, a compilation also writes the file
-`<time>-<instruction>-<pass>-final_bundles.txt` for every instruction of the program: its code, one
-bundle at each address. A TensorCore runs one bundle a cycle. A kernel is found by the name of its
-instruction, which is the same in the program's text.
+The estimates in a program's text leave kernels out (hlo.py). Their code (kernels.py) has one bundle
+at each address, and a TensorCore runs one bundle a cycle.
 
 A kernel over a grid is one loop in three stages: iteration i fetches the blocks of step i, computes
 step i - 1 and writes step i - 2 back. So n steps take n + 2 iterations, of which the first and last
@@ -21,25 +18,13 @@ always, which is right for a mask that hides nothing, and a loop of such a lengt
 import dataclasses
 import math
 import operator
-import pathlib
 import re
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from lumina_jax.planning.hlo import Kernel
-
 # These follow a branch and run whether it is taken or not.
 DELAY_SLOTS = 4
-
-
-def dump_flags(folder: str | pathlib.Path) -> str:
-    """What LIBTPU_INIT_ARGS must hold. A compilation that a cache answers writes nothing."""
-    return (
-        f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-        f"--xla_jf_dump_llo_pass_label_regex=^final_bundles$"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,35 +41,6 @@ class Bundles:
     @property
     def steps(self) -> int:
         return math.prod(self.grid)
-
-
-def read(folder: str | pathlib.Path, kernels: Iterable[Kernel]) -> dict[str, Bundles]:
-    """The kernels of a program by name, from the folder that its compilation was dumped to."""
-    kernels = list(kernels)
-    own = {kernel.name: _files(folder, kernel.name) for kernel in kernels}
-    found = {}
-    for kernel in kernels:
-        # Equal kernels are compiled once, under the name of one of them.
-        files = own[kernel.name] or next(
-            (own[other.name] for other in kernels if other.code == kernel.code and own[other.name]),
-            [],
-        )
-        if len(files) != 1:
-            raise ValueError(
-                f"{len(files)} files in {folder} hold the bundles of the kernel {kernel.name}, not "
-                f"one. Compile one program for each folder, in a process that was started with "
-                f"LIBTPU_INIT_ARGS={dump_flags(folder)!r} and without a compilation cache."
-            )
-        found[kernel.name] = parse(kernel.name, files[0].read_text())
-    return found
-
-
-def _files(folder: str | pathlib.Path, name: str) -> list[pathlib.Path]:
-    return [
-        path
-        for path in pathlib.Path(folder).glob("*-final_bundles.txt")
-        if re.fullmatch(rf"\d+-{re.escape(name)}-\d+-final_bundles\.txt", path.name)
-    ]
 
 
 def parse(name: str, text: str) -> Bundles:

@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -125,7 +126,8 @@ class Kernel:
     name: str  # of the instruction; files of its bundles carry it
     op_name: str
     metadata: str  # what its author said of it, such as block sizes; often nothing
-    code: str  # a digest of what it computes; libtpu compiles equal kernels once
+    code: str  # a digest of what it computes
+    config: str  # what libtpu is given to compile it, as JSON
     operands: tuple[ArrayType, ...]
     results: tuple[ArrayType, ...]
     executions: int
@@ -134,6 +136,10 @@ class Kernel:
     def function(self) -> str:
         """The name given to `pallas_call`: that of the instruction without its number."""
         return re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", self.name)
+
+
+# In the configuration of a compiled kernel, what the compiler itself has added.
+_FOUND = ("used_scoped_memory_configs", "retry_config", "aliasing_operands")
 
 
 class HostTraffic(NamedTuple):
@@ -320,13 +326,16 @@ class _Walk:
 
     def note_kernel(self, frame: Frame, instruction: Instruction) -> None:
         types = [frame.type(name) for name in instruction.operands]
-        body = instruction.find(r'"body":"([^"]*)"')
+        _, _, after = instruction.rest.partition("backend_config=")
+        config, _ = json.JSONDecoder().raw_decode(after)
+        body = config.get("custom_call_config", {}).get("body", "")
         self.kernels.append(
             Kernel(
                 name=instruction.name,
                 op_name=instruction.op_name,
                 metadata=instruction.find(r"kernel_metadata=\{(.*?)\}\}, metadata="),
                 code=hashlib.sha256(repr((instruction.type, types, body)).encode()).hexdigest(),
+                config=json.dumps({n: v for n, v in config.items() if n not in _FOUND}),
                 operands=tuple(itertools.chain.from_iterable(map(arrays_in, types))),
                 results=arrays_in(instruction.type),
                 executions=frame.executions,

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import math
-import pathlib
 import re
 import resource
 import time
@@ -22,7 +21,7 @@ from collections.abc import Mapping
 
 import jax
 
-from lumina_jax.planning import bundles, hlo
+from lumina_jax.planning import bundles, hlo, kernels
 from lumina_jax.planning.chips import Topology
 from lumina_jax.planning.programs import Lowered
 
@@ -64,16 +63,8 @@ class Report:
     text: str
 
 
-def compile_and_report(lowered: Lowered, topology: Topology, dump: str) -> Report:
-    """Compiles a program, and reads it.
-
-    Args:
-      lowered: The program.
-      topology: That it was lowered for.
-      dump: The folder of bundles.dump_flags. What lies in it is deleted first.
-    """
-    for old in pathlib.Path(dump).iterdir():  # a kernel of another program may have the same name
-        old.unlink()
+def compile_and_report(lowered: Lowered, topology: Topology) -> Report:
+    """Compiles a program for the topology that it was lowered for, and reads it."""
     began, cpu_began = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.lowered.compile()
@@ -88,9 +79,10 @@ def compile_and_report(lowered: Lowered, topology: Topology, dump: str) -> Repor
     }
     text = compiled.as_text()
     program = hlo.analyze(text)
-    kernels = bundles.read(dump, program.kernels)
+    code = kernels.machine_code(program.kernels, topology, lowered.compiler_options)
+    counted = {k.name: bundles.parse(k.name, code[k.code]) for k in program.kernels}
     numbers = _memory(lowered, compiled.memory_analysis())
-    numbers |= operations(lowered, topology, program, kernels)
+    numbers |= operations(lowered, topology, program, counted)
     return Report(numbers=numbers, timings=timings, text=text)
 
 
@@ -154,15 +146,15 @@ def operations(
     lowered: Lowered,
     topology: Topology,
     program: hlo.Program,
-    kernels: Mapping[str, bundles.Bundles],
+    counted: Mapping[str, bundles.Bundles],
 ) -> dict[str, float]:
-    """Operations, traffic and time of a chip in one run of the program."""
+    """Operations, traffic and time of a chip in one run; `counted` are the program's kernels."""
     chip = topology.chip
     asked = lowered.flops / topology.num_chips
     kernel_flops = sum(k.executions * flops_of_kernel(k) for k in program.kernels)
     compiled = program.dot_flops + kernel_flops
     kernel_seconds = sum(
-        k.executions * kernels[k.name].cycles / chip.clock for k in program.kernels
+        k.executions * counted[k.name].cycles / chip.clock for k in program.kernels
     )
     traffic = _traffic(program, topology)
     links = {"ici": chip.ici_bytes_per_second, "dcn": chip.dcn_bytes_per_second}

@@ -51,7 +51,7 @@ def libtpu() -> None:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory, libtpu) -> pathlib.Path:
-    """A folder with `<name>.hlo` of each program in compile_programs.py, and kernels' bundles."""
+    """A folder with `<name>.hlo` of each program in compile_programs.py."""
     folder = tmp_path_factory.mktemp("compiled")
     subprocess.run([sys.executable, SCRIPT, folder], check=True, cwd=ROOT, env=ENVIRONMENT)
     return folder

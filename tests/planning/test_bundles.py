@@ -3,6 +3,8 @@
 import pytest
 
 from lumina_jax.planning import bundles, hlo
+from lumina_jax.planning.chips import Topology
+from lumina_jax.planning.kernels import machine_code
 
 # A grid of 2 x 4 steps in 10 iterations: 1 bundle ahead of the loop and 1 behind; 16 that always
 # run, with 4 delay slots behind each branch; 9 of every step, and 2 of the first step in a row.
@@ -43,10 +45,11 @@ FIRST = "%p4_p4 = scmp.ne.s32.totalorder %s4_s4, 0"
 DATA = "%s8_s8 = sld [smem:[#allocation4 + %s3_s3]]  ;;  %p4_p4 = scmp.le.s32.totalorder %s8_s8, 0"
 
 
-def kernel(name: str, code: str = "") -> hlo.Kernel:
-    return hlo.Kernel(
-        name=name, op_name="", metadata="", code=code, operands=(), results=(), executions=1
-    )
+def count(path) -> dict[str, bundles.Bundles]:
+    """The kernels of a compiled program for v5e."""
+    kernels = hlo.analyze(path.read_text()).kernels
+    code = machine_code(kernels, Topology.parse("v5e:2x4"), {})
+    return {kernel.name: bundles.parse(kernel.name, code[kernel.code]) for kernel in kernels}
 
 
 def test_a_region_counts_as_often_as_the_grid_enters_it():
@@ -75,31 +78,9 @@ def test_a_loop_that_does_not_fit_the_grid_is_an_error():
         bundles.parse("kernel.1", text)
 
 
-def test_a_kernel_without_its_file_is_an_error(tmp_path):
-    (tmp_path / "17-other.1-01-final_bundles.txt").write_text(CODE)
-    with pytest.raises(ValueError, match=r"0 files in .* of the kernel kernel\.1, not one"):
-        bundles.read(tmp_path, [kernel("kernel.1")])
-
-
-def test_equal_kernels_have_one_file(tmp_path):
-    (tmp_path / "17-kernel.2-01-final_bundles.txt").write_text(CODE.replace("CONDITION", FIRST))
-    kernels = [kernel("kernel.1", code="a"), kernel("kernel.2", code="a")]
-    read = bundles.read(tmp_path, kernels)
-    assert read["kernel.1"].cycles == read["kernel.2"].cycles
-    with pytest.raises(ValueError, match=r"0 files in .* of the kernel kernel\.3, not one"):
-        bundles.read(tmp_path, [*kernels, kernel("kernel.3", code="b")])
-
-
-def test_two_programs_in_one_folder_are_an_error(tmp_path):
-    for time in (17, 18):
-        (tmp_path / f"{time}-kernel.1-01-final_bundles.txt").write_text(CODE)
-    with pytest.raises(ValueError, match=r"2 files .*one program for each folder"):
-        bundles.read(tmp_path, [kernel("kernel.1")])
-
-
 def test_kernels_are_found_and_their_rare_regions_and_loops_counted(compiled):
     program = hlo.analyze((compiled / "kernels.hlo").read_text())
-    read = bundles.read(compiled, program.kernels)
+    read = count(compiled / "kernels.hlo")
     names = {kernel.function: kernel.name for kernel in program.kernels}
     plain, summed = read[names["double_exp"]], read[names["row_sum"]]
     registers = 256 * 512 // 1024  # of 8 x 128 float32, one exponential of one a cycle
@@ -114,8 +95,7 @@ def test_kernels_are_found_and_their_rare_regions_and_loops_counted(compiled):
 
 
 def test_the_mask_is_all_that_is_unknown_of_splash_attention(compiled):
-    program = hlo.analyze((compiled / "splash.hlo").read_text())
-    read = bundles.read(compiled, program.kernels)
+    read = count(compiled / "splash.hlo")
     assert {kernel.unknown for kernel in read.values()} == {1}
     forward, again, backward = sorted(kernel.cycles for kernel in read.values())
     assert forward <= again < backward

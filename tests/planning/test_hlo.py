@@ -1,5 +1,7 @@
 """The reader of compiled programs, on excerpts small enough to count by hand."""
 
+import json
+
 import pytest
 
 from lumina_jax.planning import hlo
@@ -382,7 +384,8 @@ def test_a_kernel_is_read_past_the_lines_and_braces_of_its_metadata():
             "%splash_fwd.1 = bf16[2,24,512,96]{3,2,1,0} custom-call(%q), "
             'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
             '"xprof_metadata":"{\\"block_q\\": 512}"\n'
-            '}}, metadata={op_name="jit(step)/splash_fwd/pallas_call"}',
+            '}}, metadata={op_name="jit(step)/splash_fwd/pallas_call"}, backend_config='
+            '{"custom_call_config":{"body":"TUz"},"used_scoped_memory_configs":[{"size":"9"}]}',
             'ROOT %c = bf16[2,24,512,96]{3,2,1,0} copy(%splash_fwd.1), backend_config='
             '{"estimated_cycles":"7"}',
         )
@@ -391,8 +394,32 @@ def test_a_kernel_is_read_past_the_lines_and_braces_of_its_metadata():
     assert (kernel.name, kernel.function) == ("splash_fwd.1", "splash_fwd")
     assert kernel.metadata == r'"xprof_metadata":"{\"block_q\": 512}"'
     assert kernel.op_name == "jit(step)/splash_fwd/pallas_call"
+    assert json.loads(kernel.config) == {"custom_call_config": {"body": "TUz"}}
     assert kernel.operands == kernel.results == (hlo.ArrayType("bf16", (2, 24, 512, 96)),)
     assert program.cycles_by == {"copies": 7}
+
+
+def test_a_kernel_inside_a_fusion_is_found():
+    fused = computation(
+        "fused",
+        "%p = bf16[4,8]{1,0} parameter(0)",
+        '%kernel.3 = bf16[4,8]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{"body":"TUz"}}',
+        "ROOT %n = bf16[4,8]{1,0} negate(%kernel.3)",
+    )
+    program = hlo.analyze(
+        HEADER
+        + fused
+        + entry(
+            X,
+            "%once = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%fused, backend_config="
+            '{"estimated_cycles":"5"}',
+            "ROOT %y = bf16[4,8]{1,0} copy(%once)",
+        )
+    )
+    [kernel] = program.kernels
+    assert (kernel.name, kernel.executions) == ("kernel.3", 1)
+    assert kernel.operands == kernel.results == (hlo.ArrayType("bf16", (4, 8)),)
 
 
 def test_work_on_another_thread_of_the_device_counts():
