@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -87,6 +88,32 @@ def test_what_is_gathered_stays_split_by_model():
     assert whole["feed_forward"]["gate"]["kernel"].sharding.spec == P(None, None, "model")
     assert whole["feed_forward"]["down"]["kernel"].sharding.spec == P(None, "model")
     assert whole["attention"]["q"]["kernel"].sharding.spec == P(None, None, "model")
+
+
+def test_tokens_are_whole_inside_a_sublayer_and_split_around_it_gradients_too():
+    mesh = sharding.make_mesh(replica=1, data=2, model=2, devices=jax.devices()[:4])
+    x = jnp.arange(2 * 6 * 4, dtype=jnp.float32).reshape(2, 6, 4)
+
+    def loss(x):
+        inside = sharding.gather_tokens(sharding.split_tokens(x))
+        return jnp.sum(jnp.sin(inside)), inside
+
+    with jax.set_mesh(mesh):
+        gradient, inside = jax.jit(jax.grad(loss, has_aux=True))(x)
+        around = jax.jit(sharding.split_tokens)(x)
+    assert around.sharding.shard_shape(x.shape) == (1, 3, 4)
+    assert inside.sharding.shard_shape(x.shape) == (1, 6, 4)
+    assert gradient.sharding.shard_shape(x.shape) == (1, 3, 4)
+    np.testing.assert_array_equal(inside, x)
+    np.testing.assert_allclose(gradient, np.cos(x), rtol=1e-6)
+
+
+def test_tokens_that_the_mesh_cannot_split_evenly_are_split_unevenly():
+    mesh = sharding.make_mesh(replica=1, data=1, model=4, devices=jax.devices()[:4])
+    x = jnp.ones((2, 7, 4))
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda x: sharding.gather_tokens(sharding.split_tokens(x) * 2))(x)
+    np.testing.assert_array_equal(out, 2 * x)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,8 @@ def modulate(modulation: nnx.Linear, cond: Float[Array, "B A"]) -> Float[Array, 
         kernel.astype(modulation.dtype),
         preferred_element_type=jnp.float32,
     )
+    # One exchange after the other: over `data` what is summed, then over `model` what is missing.
+    out = sharding.constrain(out, ("act_batch", None, "modulation"))
     out = sharding.constrain(out, ("act_batch", None, None))
     return jnp.swapaxes((out + bias[None]).astype(modulation.dtype), 0, 1)
 
