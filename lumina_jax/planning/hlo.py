@@ -366,9 +366,10 @@ class _Walk:
         scatters = within is not None and "all-reduce-scatter" in frame.computation.name
         carried = within is not None and self.carries(frame.computation.name)
         # An asynchronous gather is repeated in all that carries a part of it, loops inside its own
-        # among them. Other collectives may share a channel and are still several.
-        channel = instruction.find(r"channel_id=(\d+)")
-        key = ("carried", channel) if carried else (frame.path, instruction.name)
+        # among them, and known by its chain: where the first turn of a loop was moved ahead of it,
+        # two gathers have one channel. Other collectives may share a channel and are still several.
+        chain = instruction.find(r'chain_id="(\d+)"') or instruction.find(r"channel_id=(\d+)")
+        key = ("carried", chain) if carried else (frame.path, instruction.name)
         if key in self.collectives and self.collectives[key].executions <= frame.executions:
             return
         self.collectives[key] = Collective(

@@ -276,29 +276,29 @@ def test_an_all_reduce_that_is_fused_with_its_slice_is_a_reduce_scatter():
     assert found.op_name == "jit(step)/dot_general"
 
 
-def test_the_repeats_of_an_asynchronous_gather_are_one():
-    def part(name, target):
-        return computation(
+@pytest.mark.parametrize(("chains", "num"), [((1, 1, 1), 1), ((1, 2, 2), 2)])
+def test_the_repeats_of_an_asynchronous_gather_are_one(chains, num):
+    """All on one channel: of another chain is the turn of a loop that was moved ahead of it."""
+    calls = {"fused_computation.1": "AsyncCollectiveStart", "async_collective_fusion.2": "Other",
+             "fused_computation.3": "AsyncCollectiveDone"}  # fmt: skip
+    before, lines = "", ["%x = bf16[8,32]{1,0} parameter(0)"]
+    for (name, target), chain in zip(calls.items(), chains, strict=True):
+        before += computation(
             name,
             "%shard = bf16[8,32]{1,0} parameter(0)",
             f"%all-gather.{target} = bf16[64,32]{{1,0}} all-gather(%shard), channel_id=13, "
-            f"replica_groups=[1,8]<=[8], {GATHER}",
+            f'replica_groups=[1,8]<=[8], {GATHER}, frontend_attributes={{chain_id="{chain}"}}',
             f"ROOT %c.{target} = bf16[64,32]{{1,0}} custom-call(%all-gather.{target}), "
             f'custom_call_target="{target}"',
         )
-
-    calls = {"fused_computation.1": "AsyncCollectiveStart", "async_collective_fusion.2": "Other",
-             "fused_computation.3": "AsyncCollectiveDone"}  # fmt: skip
-    lines = ["%x = bf16[8,32]{1,0} parameter(0)"]
-    lines += [
-        f"{'ROOT ' if 'Done' in target else ''}%f.{target} = bf16[64,32]{{1,0}} fusion(%x), "
-        f"kind=kCustom, calls=%{name}"
-        for name, target in calls.items()
-    ]
-    [found] = collectives(*lines, before="".join(part(*item) for item in calls.items()))
-    assert found.asynchronous
-    assert found.executions == 1
-    assert found.wire_bytes == 64 * 32 * 2 * 7 / 8
+        lines.append(
+            f"{'ROOT ' if 'Done' in target else ''}%f.{target} = bf16[64,32]{{1,0}} fusion(%x), "
+            f"kind=kCustom, calls=%{name}"
+        )
+    found = collectives(*lines, before=before)
+    assert len(found) == num
+    assert all(gather.asynchronous and gather.executions == 1 for gather in found)
+    assert {gather.wire_bytes for gather in found} == {64 * 32 * 2 * 7 / 8}
 
 
 @pytest.mark.parametrize(
