@@ -123,7 +123,7 @@ class Collective:
 class Kernel:
     """A Pallas kernel. Its time is in no estimate of the program's text."""
 
-    name: str  # of the instruction; files of its bundles carry it
+    name: str  # of the instruction
     op_name: str
     metadata: str  # what its author said of it, such as block sizes; often nothing
     code: str  # a digest of what it computes
