@@ -70,7 +70,14 @@ def collective(kind, groups, *, asynchronous=False, fake_gather=False, execution
 
 def kernel(name, *operands):
     return hlo.Kernel(
-        name=name, op_name="", metadata="", code="", operands=operands, results=(), executions=3
+        name=name,
+        op_name="",
+        metadata="",
+        code="",
+        config="",
+        operands=operands,
+        results=(),
+        executions=3,
     )
 
 
