@@ -251,13 +251,9 @@ def split_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return constrain(x, ("act_batch", "act_sequence", "act_embed"))
 
 
-@jax.custom_vjp
 def gather_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """All tokens on every chip of `model`. Its gradient is split, or it would be all-reduced."""
+    """All tokens on every chip of `model`."""
     return constrain(x, ("act_batch", None, "act_embed"))
-
-
-gather_tokens.defvjp(lambda x: (gather_tokens(x), None), lambda _, g: (split_tokens(g),))
 
 
 def constrain(x, axes):
