@@ -1,4 +1,4 @@
-"""Compiles small programs for v5e slices of 2 x 4, without a TPU, and writes their text.
+"""Compiles small programs for v5e slices of 2 x 4, without a TPU; writes text and peak of memory.
 
     python tests/planning/compile_programs.py folder
 
@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
@@ -32,6 +33,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from lumina_jax.planning.report import peak_memory
 
 DEVICES = 8
 LAYERS = 7
@@ -81,6 +84,26 @@ class Programs:
 
         weights = self.array((LAYERS, 2048, 2048), jnp.bfloat16, None, "data")
         return step, (weights, self.array((DEVICES * 1024, 2048), jnp.bfloat16, "data"))
+
+    def kept(self, offload=()):
+        """12 layers, each of which keeps what came in, 8192 x 512 or 8 MiB, and nothing else."""
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=(),
+            names_which_can_be_offloaded=offload,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+
+        def loss(weights, x):
+            def block(x, w):
+                return jnp.sin(checkpoint_name(x, "input") @ w), None
+
+            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+            y, _ = jax.lax.scan(block, x, weights)
+            return jnp.mean(y.astype(jnp.float32) ** 2)
+
+        x = self.array((DEVICES * 8192, 512), jnp.bfloat16, "data")
+        return jax.grad(loss), (self.array((12, 512, 512)), x)
 
     def slices(self):
         """3 layers of 512 x 1024 by 1024 x 1024 on two slices, each with all of the weights."""
@@ -188,6 +211,8 @@ def main(folder: pathlib.Path) -> None:
         ("rematerialised", programs.rematerialised, None),
         ("windowed", programs.fsdp, None),
         ("fsdp", programs.fsdp, GATHER_WHOLE),
+        ("kept", programs.kept, None),
+        ("offloaded", functools.partial(programs.kept, offload=["input"]), None),
         ("slices", Programs(Mesh(two, ("replica", "data"))).slices, GATHER_WHOLE),
         ("splash", programs.splash, None),
         ("kernels", programs.kernels, None),
@@ -195,6 +220,7 @@ def main(folder: pathlib.Path) -> None:
         function, arguments = method()
         compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
         (folder / f"{name}.hlo").write_text(compiled.as_text())
+        (folder / f"{name}.peak").write_text(str(peak_memory(compiled.memory_analysis())))
 
 
 if __name__ == "__main__":

@@ -167,3 +167,12 @@ def test_a_stage_is_told_in_days_and_chip_hours():
     assert told.strip() == (
         "the stage  40,000 steps: 0.833 days, 5,120 chip-hours, 6,144 at 1.2 a chip-hour"
     )
+
+
+def test_the_peak_is_that_of_the_device_also_where_the_host_keeps_more(compiled):
+    kept, offloaded = (
+        int((compiled / f"{name}.peak").read_text()) for name in ("kept", "offloaded")
+    )
+    of_all_layers, arguments = 12 * 8192 * 512 * 2, (8192 + 12 * 512) * 512 * 2
+    assert of_all_layers + arguments < kept < 1.6 * of_all_layers + arguments
+    assert arguments < offloaded < arguments + of_all_layers / 2
