@@ -107,8 +107,8 @@ def get_config() -> ConfigDict:
     # Where compiled programs are kept for the next start, a local folder or a bucket that all
     # processes see. Empty: where JAX_COMPILATION_CACHE_DIR says, else <workdir>/compiled.
     config.compile = compile_ = ConfigDict({"cache_directory": ""})
-    # For the compiler of the training step, such as {"xla_tpu_scoped_vmem_limit_kib": "65536"};
-    # over those of lumina_jax/compiler.py, which are set by the kind of device.
+    # For the compiler of the training step, by the kind of device, such as
+    # {"TPU": {"xla_tpu_scoped_vmem_limit_kib": "65536"}}; over those of lumina_jax/compiler.py.
     compile_.options = ConfigDict()
 
     # The loss on pictures that are not trained on, each at one of the fixed times, the middles of

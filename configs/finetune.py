@@ -12,8 +12,7 @@ stage 3. Published weights bring no moments, so the optimizer begins anew.
 
 Topology: 16 v5e (4x4), two pictures a chip, or 8 H100, four a device. Parameters, average and
 moments are split over all devices (mesh.data=-1), 2.6 GB of them on each of 16. Never run here.
-Expected by tools/plan on 16 v5e (4x4), with model.remat=attention: 7.1 GiB, 1.7 s a step, 37
-chip-hours for 5,000 steps.
+Expected by tools/plan on 16 v5e (4x4): 7.1 GiB, 1.43 s a step, 32 chip-hours for 5,000 steps.
 """
 
 from ml_collections import ConfigDict
@@ -28,6 +27,12 @@ def get_config() -> ConfigDict:
     # With stage 2's `names` a v5e is 1.3 of its 15.75 GiB short here, where a chip has twice the
     # parameters of stage 2. H100 have room for it: --config.model.remat=names.
     config.model.remat = "attention"
+
+    # Over 16 chips the compiler would scatter gradients piece by piece, each added and copied: 1.64
+    # seconds a step by tools/plan. Over the 32 of the stages it does not, and loses by this.
+    config.compile.options = ConfigDict(
+        {"TPU": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+    )
 
     config.data.directory = "data/photos"
     # All that a folder has: one text beside each picture, of any kind and language.

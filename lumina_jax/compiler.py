@@ -1,6 +1,9 @@
 """What the compiler is told, by kind of device. What each option gave: docs/performance.md."""
 
 from collections.abc import Mapping
+from typing import Any
+
+from lumina_jax.errors import InputError
 
 # By the start of `device_kind`. Others of their users: config.compile.options.
 _OPTIONS = {
@@ -14,10 +17,23 @@ _OPTIONS = {
 }
 
 
-def options(device_kind: str, changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """For `jax.jit(compiler_options=)` of the large programs; `changes` are added, and win."""
+def options(device_kind: str, changes: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """For `jax.jit(compiler_options=)` of the large programs.
+
+    Args:
+      device_kind: Of jax, such as "TPU v5 lite".
+      changes: By the start of `device_kind` too, "" for all; they are added, and win.
+
+    Raises:
+      InputError: An option of `changes` has no kind of device.
+    """
     found = {}
-    for start, those in _OPTIONS.items():
+    for start, those in (*_OPTIONS.items(), *(changes or {}).items()):
+        if not isinstance(those, Mapping):
+            raise InputError(
+                f"compile.options={{{start!r}: {those!r}}} does not say for which devices. Write "
+                f'{{"TPU": {{{start!r}: {those!r}}}}}, or "" for all.'
+            )
         if device_kind.startswith(start):
             found |= those
-    return found | dict(changes or {})
+    return found
