@@ -12,7 +12,8 @@ stage 3. Published weights bring no moments, so the optimizer begins anew.
 
 Topology: 16 v5e (4x4), two pictures a chip, or 8 H100, four a device. Parameters, average and
 moments are split over all devices (mesh.data=-1), 2.6 GB of them on each of 16. Never run here.
-Expected by tools/plan on 16 v5e (4x4): 7.1 GiB, 1.43 s a step, 32 chip-hours for 5,000 steps.
+Expected by tools/plan on 16 v5e (4x4): 7.1 GiB, 1.43 s a step, 32 chip-hours for 5,000 steps,
+and the frozen encoders.
 """
 
 from ml_collections import ConfigDict

@@ -14,7 +14,8 @@ Topology: 256 v5e (16x16) as 8 replicas of 32 parts: 9216 and 2304 leave 288 and
 to each of 32 devices, whole tiles of 8; at 256 parts they are not, and the compiler then reduces
 gradients and gathers weights in ways that cost more. On 64 v5p (4x4x4): --config.mesh.replica=2.
 Expected by tools/plan: 0.251 s a step, 4,080 images/s, 10.0 hours, 2,570 chip-hours on 256 v5e
-(never run there); other topologies in docs/performance.md.
+(never run there); other topologies in docs/performance.md. The frozen encoders take 0.063 s more on
+the same chips, unless their features are cached (docs/data.md).
 
 The frozen text encoder and VAE are those of the released pipeline: name a local copy with
 --config.text_encoder.path and --config.autoencoder.path where a host cannot reach the Hugging Face

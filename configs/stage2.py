@@ -16,7 +16,8 @@ Topology: as stage 1, 256 v5e (16x16), two pictures a chip. On 64 v5p (4x4x4):
 --config.mesh.replica=2 --config.model.remat=dots. On 64 v6e (8x8): --config.mesh.replica=2
 --config.train.num_microbatches=2.
 Expected by tools/plan: 1.24 s a step, 412 images/s, 14 hours, 3,530 chip-hours on 256 v5e (never
-run there); other topologies in docs/performance.md.
+run there); other topologies in docs/performance.md. The frozen encoders take 0.21 s more, unless
+their features are cached (docs/data.md).
 """
 
 from ml_collections import ConfigDict
