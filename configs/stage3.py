@@ -15,8 +15,9 @@ From the stage before: the averaged weights of its last checkpoint, and nothing 
 Topology: as stage 2, 256 v5e (16x16), two pictures a chip; on 64 v5p
 --config.mesh.replica=2 --config.model.remat=dots.
 Expected by tools/plan: 1.24 s a step, 5.2 hours, 1,320 chip-hours on 256 v5e (never run there);
-other topologies in docs/performance.md. The frozen encoders are as in stage 2. The paper's A100-days
-for a step are 3.4 times those of stage 2, at the same batch and size; it does not say why.
+other topologies in docs/performance.md. The frozen encoders are as in stage 2. The paper's
+A100-days for a step are 3.4 times those of stage 2, at the same batch and size; it does not say
+why.
 """
 
 from ml_collections import ConfigDict
