@@ -45,8 +45,16 @@ _OPPOSITE = {
 }
 
 
+_MARK = "<Prompt Start>"
+
+
 def prefixed(caption: str, name: str) -> str:
-    """The caption behind the system prompt of that name."""
+    """The caption behind the system prompt of that name, or behind a text of its own.
+
+    A text is told from a name by the mark that ends it, as `dual_panel` writes it.
+    """
+    if _MARK in name:
+        return name.rstrip() + " " + caption
     if name not in SYSTEM_PROMPTS:
         raise InputError(
             f"No system prompt is called {name!r}; choose one of: {', '.join(SYSTEM_PROMPTS)}."

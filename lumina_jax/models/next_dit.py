@@ -6,17 +6,17 @@ order only by position and padding only by mask, so this equals the reference's 
 lets pictures of any shape share a batch and a compiled program.
 
 Axes: B batch, S caption slots, N image slots, T = S + N, D model width, P numbers in a patch,
-F text features.
+F text features, A width of the condition, L layers, M numbers that modulate a layer.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lumina_jax import sharding
 from lumina_jax.errors import InputError
@@ -24,6 +24,7 @@ from lumina_jax.models import quantized, rope
 from lumina_jax.models.attention import IMPLEMENTATIONS
 from lumina_jax.models.blocks import FinalLayer, TransformerBlock, modulate
 from lumina_jax.models.embed import CaptionEmbedder, TimestepEmbedder
+from lumina_jax.models.merging import find_groups, merge, restore, take
 from lumina_jax.models.stack import REMAT_POLICIES, scan_blocks, stack_blocks
 from lumina_jax.types import ImageTokens
 
@@ -179,42 +180,127 @@ class NextDiT(nnx.Module):
         resolution in training. They do not see each other, but their caption is refined once, and
         layer by layer they meet the same weights (`stack.scan_blocks`).
         """
-        cfg = self.cfg
-        run = functools.partial(scan_blocks, remat=cfg.remat, dtype=cfg.dtype)
-        refine = functools.partial(scan_blocks, remat=cfg.refiner_remat, dtype=cfg.dtype)
-        frequencies = functools.partial(
-            rope.frequencies, axes_dims=cfg.axes_dims, theta=cfg.rope_theta
-        )
-        positions = [rope.position_ids(cap_mask, image.rows, image.columns) for image in images]
-        cap_freqs = frequencies(positions[0][0])  # a caption's own positions know no picture
-        image_freqs = [frequencies(ids) for _, ids in positions]
-        cap_segments = cap_mask.astype(jnp.int32)
-        image_segments = [image.mask.astype(jnp.int32) for image in images]
+        caption = self.refine_caption(cap_feats, cap_mask)
+        joined = self.join(images, times, caption, cap_mask)
+        return self.predict(self.attend(joined), joined.conds, num_slots=cap_mask.shape[1])
 
-        conds = [self.t_embedder(t) for t in times]
+    def refine_caption(
+        self, cap_feats: Float[Array, "B S F"], cap_mask: Bool[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        """The caption as the layers take it: it knows neither picture nor time."""
+        cfg = self.cfg
+        freqs = rope.frequencies(rope.caption_ids(cap_mask), cfg.axes_dims, cfg.rope_theta)
+        args = (cap_mask.astype(jnp.int32), freqs)
         x = self.cap_embedder(cap_feats)
-        (caption,) = refine(self.context_refiner, (x,), ((cap_segments, cap_freqs),))
-        xs = tuple(self.x_embedder(image.tokens) for image in images)
-        xs = refine(
-            self.noise_refiner,
-            xs,
-            tuple(zip(image_segments, image_freqs, strict=True)),
-            tuple(modulate(self.noise_refiner.modulation, cond) for cond in conds),
+        (caption,) = scan_blocks(
+            self.context_refiner, (x,), (args,), remat=cfg.refiner_remat, dtype=cfg.dtype
         )
+        return caption
+
+    def join(
+        self,
+        images: tuple[ImageTokens, ...],
+        times: tuple[Float[Array, " B"], ...],
+        caption: Float[Array, "B S D"],
+        cap_mask: Bool[Array, "B S"],
+        stretch: rope.Stretch | None = None,
+    ) -> "Joined":
+        """Refines the pictures and sets each behind its caption.
+
+        Args:
+          images: Pictures of a caption.
+          times: Of each picture.
+          caption: From `refine_caption`.
+          cap_mask: Its mask.
+          stretch: For pictures larger than those trained on.
+        """
+        cfg = self.cfg
+
+        def frequencies(ids, t):
+            return rope.frequencies(ids, cfg.axes_dims, cfg.rope_theta, stretch, t)
 
         def join(image, caption):
             return jnp.concatenate([caption, image], axis=1)
 
-        args = tuple(
-            (join(segments, cap_segments), jax.tree.map(join, freqs, cap_freqs))
-            for segments, freqs in zip(image_segments, image_freqs, strict=True)
+        cap_segments = cap_mask.astype(jnp.int32)
+        image_segments = [image.mask.astype(jnp.int32) for image in images]
+        image_freqs = [
+            frequencies(rope.image_ids(cap_mask, image.rows, image.columns), t)
+            for image, t in zip(images, times, strict=True)
+        ]
+        conds = tuple(self.t_embedder(t) for t in times)
+        xs = tuple(self.x_embedder(image.tokens) for image in images)
+        xs = scan_blocks(
+            self.noise_refiner,
+            xs,
+            tuple(zip(image_segments, image_freqs, strict=True)),
+            tuple(modulate(self.noise_refiner.modulation, cond) for cond in conds),
+            remat=cfg.refiner_remat,
+            dtype=cfg.dtype,
         )
-        modulations = tuple(modulate(self.layers.modulation, cond) for cond in conds)
-        xs = run(self.layers, tuple(join(x, caption) for x in xs), args, modulations)
+        cap_freqs = [frequencies(rope.caption_ids(cap_mask), t) for t in times]
+        return Joined(
+            xs=tuple(join(x, caption) for x in xs),
+            segment_ids=tuple(join(segments, cap_segments) for segments in image_segments),
+            freqs=tuple(
+                jax.tree.map(join, *pair) for pair in zip(image_freqs, cap_freqs, strict=True)
+            ),
+            modulations=tuple(modulate(self.layers.modulation, cond) for cond in conds),
+            conds=conds,
+        )
+
+    def attend(
+        self, joined: "Joined", span: tuple[int, int] | None = None
+    ) -> tuple[Float[Array, "B T D"], ...]:
+        """The sequences after the layers, or after those of `span`."""
+        return scan_blocks(
+            self.layers,
+            joined.xs,
+            tuple(zip(joined.segment_ids, joined.freqs, strict=True)),
+            joined.modulations,
+            remat=self.cfg.remat,
+            dtype=self.cfg.dtype,
+            span=span,
+        )
+
+    def predict(
+        self,
+        xs: tuple[Float[Array, "B T D"], ...],
+        conds: tuple[Float[Array, "B A"], ...],
+        *,
+        num_slots: int,
+    ) -> tuple[Float[Array, "B N P"], ...]:
+        """The velocity that the sequences say, behind the `num_slots` slots of the caption."""
         return tuple(
-            self.final_layer(x[:, caption.shape[1] :], cond).astype(jnp.float32)
+            self.final_layer(x[:, num_slots:], cond).astype(jnp.float32)
             for x, cond in zip(xs, conds, strict=True)
         )
+
+    def first_input(self, joined: "Joined") -> tuple[Float[Array, "B T D"], ...]:
+        """What the first layer attends with: it tells how far the picture has moved."""
+        norm = jax.tree.map(lambda scale: scale[0], self.layers.attention_norm1)
+        return tuple(
+            norm(x) * (1 + modulation[0, :, None, : x.shape[-1]])
+            for x, modulation in zip(joined.xs, joined.modulations, strict=True)
+        )
+
+
+class Joined(NamedTuple):
+    """What the layers take, each field with an entry for each picture of a caption.
+
+    Attributes:
+      xs: Caption and picture, refined apart.
+      segment_ids: 1 at tokens, 0 at padding.
+      freqs: Their rotation.
+      modulations: Of each layer.
+      conds: The embedded times.
+    """
+
+    xs: tuple[Float[Array, "B T D"], ...]
+    segment_ids: tuple[Int[Array, "B T"], ...]
+    freqs: tuple[rope.Freqs, ...]
+    modulations: tuple[Float[Array, "L B M"], ...]
+    conds: tuple[Float[Array, "B A"], ...]
 
 
 def init_params(cfg: NextDiTConfig, key: jax.Array) -> dict:
@@ -240,15 +326,117 @@ def make_forward(cfg: NextDiTConfig):
 
 def make_forward_many(cfg: NextDiTConfig):
     """The same for several pictures of each caption: `image`, `t` and the result are tuples."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: NextDiT(cfg, rngs=nnx.Rngs(0))))
+    build = _builder(cfg)
 
     def forward_many(params, images, times, cap_feats, cap_mask):
+        return build(params)(images, times, cap_feats, cap_mask)
+
+    return forward_many
+
+
+class Merging(NamedTuple):
+    """Which layers see fewer image tokens (`models/merging.py`).
+
+    Attributes:
+      ratio: Of the image tokens, how many are merged into others.
+      start: The first layer that sees the rest alone.
+      stop: The first one that sees all of them again.
+    """
+
+    ratio: float
+    start: int
+    stop: int
+
+
+class Stages(NamedTuple):
+    """The forward pass of one picture in pieces, for a sampler that does not need all of them.
+
+    Attributes:
+      refine: refine(params, cap_feats, cap_mask) -> caption [B, S, D], once for a whole path.
+      join: join(params, image, t, caption, cap_mask) -> Joined.
+      first_input: first_input(params, joined) -> [B, T, D], what the first layer attends with.
+      attend: attend(params, joined, height, width, merging) -> [B, T, D], after the layers. Height
+        and width are those of the picture in tokens; `merging` may be None.
+      predict: predict(params, x, joined, num_slots) -> velocity [B, N, P].
+    """
+
+    refine: Callable
+    join: Callable
+    first_input: Callable
+    attend: Callable
+    predict: Callable
+
+
+def make_stages(
+    cfg: NextDiTConfig, *, stretch: rope.Stretch | None = None, attention_gain: float = 1.0
+) -> Stages:
+    """The pure functions whose composition is `make_forward`.
+
+    Args:
+      cfg: Sizes.
+      stretch: For pictures larger than those trained on.
+      attention_gain: Of the scores wherever image tokens attend: sqrt(log N / log N_trained) keeps
+        the entropy of attention what it was (arXiv 2306.08645; "proportional attention" of
+        Lumina-Next).
+    """
+    build = _builder(cfg, attention_gain)
+
+    def refine(params, cap_feats, cap_mask):
+        return build(params).refine_caption(cap_feats, cap_mask)
+
+    def join(params, image, t, caption, cap_mask):
+        return build(params).join((image,), (t,), caption, cap_mask, stretch)
+
+    def first_input(params, joined):
+        (x,) = build(params).first_input(joined)
+        return x
+
+    def attend(params, joined, height, width, merging):
+        model = build(params)
+        if merging is None:
+            (x,) = model.attend(joined)
+            return x
+        (x,) = model.attend(joined, (0, merging.start))
+        groups = find_groups(x, height=height, width=width, ratio=merging.ratio)
+        fewer = merge(groups, x)
+        part = joined._replace(
+            xs=(fewer,),
+            segment_ids=take(groups, joined.segment_ids),
+            freqs=take(groups, joined.freqs),
+        )
+        (after,) = model.attend(part, (merging.start, merging.stop))
+        x = restore(groups, x, fewer, after)
+        (x,) = model.attend(joined._replace(xs=(x,)), (merging.stop, cfg.num_layers))
+        return x
+
+    def predict(params, x, joined, num_slots):
+        (velocity,) = build(params).predict((x,), joined.conds, num_slots=num_slots)
+        return velocity
+
+    return Stages(refine, join, first_input, attend, predict)
+
+
+def _builder(cfg: NextDiTConfig, attention_gain: float = 1.0):
+    """From parameters to the module."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: NextDiT(cfg, rngs=nnx.Rngs(0))))
+
+    def gained(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf * attention_gain if name in _IMAGE_QUERIES else leaf
+
+    def build(params):
         # The stacks gather one layer at a time as they go.
         outer = {name: tree for name, tree in params.items() if name not in STACKS}
         params = {**params, **sharding.gather(outer)}
-        return nnx.merge(graphdef, params)(images, times, cap_feats, cap_mask)
+        if attention_gain != 1:
+            params = jax.tree_util.tree_map_with_path(gained, params)
+        return nnx.merge(graphdef, params)
 
-    return forward_many
+    return build
+
+
+# A score is linear in the scale of the query's norm.
+_IMAGE_QUERIES = tuple(f"{stack}/attention/q_norm/scale" for stack in ("noise_refiner", "layers"))
 
 
 def forward_flops(

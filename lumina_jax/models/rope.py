@@ -22,26 +22,57 @@ class Freqs(NamedTuple):
     sin: Float[Array, "B T d"]
 
 
-def position_ids(
+def caption_ids(cap_mask: Bool[Array, "B S"]) -> Int[Array, "B S A"]:
+    """Positions of caption slots: (i, 0, 0)."""
+    index = jnp.broadcast_to(jnp.arange(cap_mask.shape[1]), cap_mask.shape)
+    zero = jnp.zeros_like(index)
+    return jnp.stack([index, zero, zero], axis=-1)
+
+
+def image_ids(
     cap_mask: Bool[Array, "B S"], rows: Int[Array, "B N"], columns: Int[Array, "B N"]
-) -> tuple[Int[Array, "B S A"], Int[Array, "B N A"]]:
-    """Positions of caption slots, (i, 0, 0), and of image slots, (caption length, row, column).
+) -> Int[Array, "B N A"]:
+    """Positions of image slots: (caption length, row, column).
 
     The caption length is that of the sample, so a picture begins where its own caption ends
     (`Lumina2RotaryPosEmbed` of diffusers, `patchify_and_embed` of the official model.py).
     """
-    index = jnp.broadcast_to(jnp.arange(cap_mask.shape[1]), cap_mask.shape)
-    zero = jnp.zeros_like(index)
-    caption = jnp.stack([index, zero, zero], axis=-1)
     length = jnp.sum(cap_mask, axis=1, keepdims=True, dtype=rows.dtype)
-    image = jnp.stack([jnp.broadcast_to(length, rows.shape), rows, columns], axis=-1)
-    return caption, image
+    return jnp.stack([jnp.broadcast_to(length, rows.shape), rows, columns], axis=-1)
 
 
-def frequencies(positions: Int[Array, "B T A"], axes_dims: tuple[int, ...], theta: float) -> Freqs:
-    """The rotation of each token."""
+class Stretch(NamedTuple):
+    """Rows and columns for a picture `factor` times as large along a side as trained on.
+
+    At t < watershed, where the layout is made, positions are divided by the factor: no angle is
+    new. After it theta is multiplied, which turns the slow pairs less and leaves the fast ones, and
+    with them the detail, alone. (Lumina-Next, arXiv 2406.18583, "time-aware scaled RoPE": its
+    `precompute_freqs_cis`, on two axes of three here.)
+    """
+
+    factor: float
+    watershed: float
+
+
+def frequencies(
+    positions: Int[Array, "B T A"],
+    axes_dims: tuple[int, ...],
+    theta: float,
+    stretch: Stretch | None = None,
+    t: Float[Array, " B"] | None = None,
+) -> Freqs:
+    """The rotation of each token; a stretched one depends on the time."""
+
+    def rates(axis, dim):
+        plain = jnp.asarray(_rates(dim, theta))[None, None]
+        if stretch is None or axis == 0:  # the caption's index has the range it always had
+            return plain
+        early = (t < stretch.watershed)[:, None, None]
+        late = jnp.asarray(_rates(dim, theta * stretch.factor))[None, None]
+        return jnp.where(early, plain / stretch.factor, late)
+
     angles = [
-        positions[..., axis, None].astype(jnp.float32) * jnp.asarray(_rates(dim, theta))[None, None]
+        positions[..., axis, None].astype(jnp.float32) * rates(axis, dim)
         for axis, dim in enumerate(axes_dims)
     ]
     # float32: bfloat16 cannot hold odd positions above 256, and the rotation would jitter.

@@ -7,6 +7,7 @@ layers, so that one sharding rule serves them all.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lumina_jax import sharding
@@ -53,6 +54,7 @@ def scan_blocks(
     *,
     remat: str,
     dtype: str,
+    span: tuple[int, int] | None = None,
 ) -> tuple:
     """Applies stacked blocks in order: x = block(x, *its args, modulation) for several sequences.
 
@@ -66,9 +68,15 @@ def scan_blocks(
       modulations: Of each sequence, one for each block (`blocks.modulate`); None: not modulated.
       remat: A name in REMAT_POLICIES.
       dtype: Of the kernels.
+      span: The first block, and the one after the last; all of them by default. For sampling: the
+        gradient would be written once for each block.
     """
 
     def body(xs, layer):
+        if span is not None:  # picked one by one: a slice of the stack would be copied
+            layer = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), layers
+            )
         block, modulations = layer
         block = sharding.gather(block, dtype)
         modulations = modulations or (None,) * len(xs)
@@ -77,12 +85,15 @@ def scan_blocks(
             for x, its, modulation in zip(xs, args, modulations, strict=True)
         ), None
 
+    if span is not None and span[0] == span[1]:
+        return xs
     policy = REMAT_POLICIES[remat]
     if remat in NAMED:
         policy = _of_the_first(policy, num_tokens=xs[0].shape[0] * xs[0].shape[1])
     body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     layers = (_without_modulation(blocks), modulations)
-    xs, _ = jax.lax.scan(body, tuple(sharding.split_tokens(x) for x in xs), layers)
+    turns = layers if span is None else jnp.arange(*span)
+    xs, _ = jax.lax.scan(body, tuple(sharding.split_tokens(x) for x in xs), turns)
     return xs
 
 

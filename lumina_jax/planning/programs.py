@@ -133,22 +133,21 @@ def lower_sample(
     params = _placed(params, sharding.tree_shardings(params, mesh))
     text_params, image_params = _encoder_params(text_encoder, autoencoder, mesh)
     h, w = height // autoencoder.downscale, width // autoencoder.downscale
-    batch = (
-        _split(mesh, (num_images, h, w, autoencoder.channels), jnp.float32),
-        _split(mesh, (2 * num_images, text_slots), jnp.int32),
-        _split(mesh, (2 * num_images, text_slots), bool),
-    )
+    path = pipeline.path(height, width, defaults)
+    noise = _split(mesh, (num_images, h, w, autoencoder.channels), jnp.float32)
+    rows = num_images * (2 if path.program.num_guided else 1)
+    texts = [(_split(mesh, (rows, text_slots), jnp.int32), _split(mesh, (rows, text_slots), bool))]
     numbers = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, ())),
-        jax.eval_shape(lambda: jax.tree.map(jnp.asarray, defaults.numbers())),
+        jax.eval_shape(lambda: jax.tree.map(jnp.asarray, path.numbers)),
     )
     with jax.set_mesh(mesh):
         lowered = pipeline.draw.lower(
-            params, text_params, image_params, *batch, numbers,
-            program=defaults.program(), num=num_images,
+            params, text_params, image_params, noise, texts, numbers, None,
+            program=path.program, num=num_images,
         )  # fmt: skip
     image_tokens = height * width // pipeline.pixels_per_token**2
-    forwards = len(defaults.numbers().times) + defaults.num_guided()
+    forwards = path.num_evaluations + path.program.num_guided
     flops = forwards * next_dit.forward_flops(model, image_tokens, text_slots)
     flops += 2 * gemma2.forward_flops(text_encoder.cfg, text_slots)
     flops += vae.forward_flops(autoencoder.cfg, height, width)[1]
@@ -161,7 +160,7 @@ def lower_sample(
             "parameters": _bytes(params),
             "text encoder": _bytes(text_params),
             "autoencoder": _bytes(image_params),
-            "batch": _bytes(batch),
+            "batch": _bytes((noise, texts)),
         },
         sequences=_sequences([image_tokens], text_slots),
         compiler_options=compiler.options(sharding.device_kind(mesh)),

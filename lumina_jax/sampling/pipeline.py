@@ -5,14 +5,16 @@ pipeline(["dog face"])[0].save("dog.png")
 """
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from einops import reduce
 from PIL import Image
 
 from lumina_jax import checkpoint, compiler, sharding, system_prompts
@@ -21,15 +23,22 @@ from lumina_jax.executables import Program
 from lumina_jax.frozen.autoencoder import VAE, Autoencoder, make_autoencoder
 from lumina_jax.frozen.gemma2 import Gemma2TextEncoder
 from lumina_jax.frozen.text_encoder import TextEncoder, make_text_encoder
-from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, make_forward
-from lumina_jax.sampling import sampler
+from lumina_jax.models import rope
+from lumina_jax.models.embed import pool_latents
+from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, make_stages
+from lumina_jax.sampling import caching, sampler
 from lumina_jax.sampling.sampler import SamplerConfig
 from lumina_jax.weights import diffusers
 from lumina_jax.weights.next_dit import open_transformer
 
 OUTPUTS = ("pil", "uint8", "float")
-# Caption slots of a call are a multiple of this, or all that the text encoder has.
-SLOTS_STEP = 64
+# Caption slots are a multiple of this, or one, or all that the text encoder has: few programs serve
+# prompts of all lengths.
+SLOTS_STEP = 32
+# Previews are at most so many pixels wide and high.
+PREVIEW_SIDE = 256
+
+Picture = Image.Image | np.ndarray
 
 
 class Pipeline:
@@ -61,6 +70,8 @@ class Pipeline:
         self.system_prompt = system_prompt
         self.mesh = mesh
         self._model = model
+        self._listener: Callable | None = None  # of previews
+        self._watched: dict[Any, Callable] = {}
         self._text_encoder = text_encoder
         self._autoencoder = autoencoder
         replicated = sharding.named(mesh, ())
@@ -74,18 +85,20 @@ class Pipeline:
                     f"This {what} gives {given} numbers where the model takes {needed}: they do "
                     f"not belong together."
                 )
+        self._draw_options = {
+            "out_shardings": replicated,
+            "compiler_options": compiler.options(sharding.device_kind(mesh)),
+        }
         self.draw = Program(
-            functools.partial(
-                _draw, make_forward(model), text_encoder, autoencoder, model.patch_size
-            ),
+            functools.partial(_draw, model, text_encoder, autoencoder),
             name="draw",
             settings=lambda: {
                 "model": dataclasses.asdict(model),
                 "text_encoder": text_encoder.fingerprint(),
                 "autoencoder": autoencoder.fingerprint(),
             },
-            out_shardings=replicated,
-            compiler_options=compiler.options(sharding.device_kind(mesh)),
+            returns=(sampler.Trace, caching.Record),
+            **self._draw_options,
         )
 
     @classmethod
@@ -196,18 +209,17 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_truncation: float | None = None,
-        guidance_renorm: float | None = None,
-        semantics: str | None = None,
-        solver: str | None = None,
-        time_shift: float | None = None,
         system_prompt: str | None = None,
         seed: int | Sequence[int] = 0,
         latents: np.ndarray | jax.Array | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        strength: float | None = None,
+        mask: Picture | Sequence[Picture] | None = None,
+        preview: Callable[[int, int, np.ndarray], None] | None = None,
         output: str = "pil",
-    ) -> list[Image.Image] | np.ndarray:
+        trace: bool = False,
+        **settings: Any,
+    ) -> list[Image.Image] | np.ndarray | tuple[Any, sampler.Trace | None]:
         """Draws one picture for each prompt; what is not named comes from the checkpoint's config.
 
         Args:
@@ -215,39 +227,38 @@ class Pipeline:
           negative_prompt: What guidance leads away from, one for all or one for each.
           height: In pixels, a multiple of the model's patch in pixels.
           width: Likewise.
-          num_steps: See SamplerConfig, as for the six settings after it.
-          guidance_scale: 1 follows the prompt alone.
-          guidance_truncation: 1 guides to the end.
-          guidance_renorm: 0 is off.
-          semantics: "official" or "diffusers".
-          solver: A name in lumina_jax.sampling.solvers.
-          time_shift: 1 spends the steps evenly, more spends them near noise.
-          system_prompt: A name in lumina_jax.system_prompts, put before each prompt; and before
-            each negative prompt that is not empty, with official semantics.
+          system_prompt: A name in lumina_jax.system_prompts, or a text that ends in
+            "<Prompt Start>", put before each prompt; and before each negative prompt that is not
+            empty, with official semantics.
           seed: Of the first prompt's noise, one more for each prompt after it; or one for each. A
             picture depends on its own seed and prompt, not on its neighbours.
           latents: Noise to begin from instead, [len(prompts), h, w, C].
+          image: A picture to begin from, of height x width pixels; one for all or one for each.
+          strength: How much of the path is walked anew from there: 1 is all of it, so that nothing
+            of the picture is left, and the default with a mask; 0.6 without.
+          mask: White, or not 0, where the picture may change; elsewhere it stays as it is, to the
+            pixel.
+          preview: preview(done, evaluations, images) is called while pictures are drawn, with what
+            they look like so far, uint8 [B, H, W, 3], small. It has a program of its own.
           output: "pil", a list of pictures; "uint8" or "float", an array NHWC, float in [0, 1].
+          trace: Return also what the cache did in each evaluation; None without a cache.
+          **settings: Fields of SamplerConfig: num_steps, solver, guidance_scale, ...
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise InputError("No prompt was given: pass at least one (the empty string is one).")
         if output not in OUTPUTS:
             raise InputError(f"output={output!r} is not one of {', '.join(OUTPUTS)}.")
-        settings = {
-            "num_steps": num_steps,
-            "guidance_scale": guidance_scale,
-            "guidance_truncation": guidance_truncation,
-            "guidance_renorm": guidance_renorm,
-            "semantics": semantics,
-            "solver": solver,
-            "time_shift": time_shift,
-        }
-        given = {name: value for name, value in settings.items() if value is not None}
-        config = dataclasses.replace(self.defaults, **given)
+        config = self.settings(**settings)
         height = self.size[0] if height is None else height
         width = self.size[1] if width is None else width
         self.check_size(height, width)
+        start = self._start(image, mask, len(prompts), height, width)
+        if start is None and strength is not None:
+            raise InputError(f"strength={strength} is given, and no image to begin from.")
+        if strength is None:
+            strength = 0.6 if start is not None and start[1] is None else 1.0
+        path = self.path(height, width, config, strength)
         negatives = _one_for_each(negative_prompt or "", prompts, "negative_prompt")
         prompts, negatives = self._with_system_prompt(
             prompts, negatives, system_prompt or self.system_prompt, config.semantics
@@ -257,23 +268,105 @@ class Pipeline:
         else:
             latents = self._check_latents(latents, len(prompts), height, width)
 
-        # The mesh splits a batch evenly; the last prompt fills it up and is cut off again.
+        # The mesh splits a batch evenly; the last prompt fills it up and is cut off again. Where
+        # prompts and negative prompts fill it together, they go side by side.
         num, shards = len(prompts), sharding.batch_shards(self.mesh)
-        fill = -num % shards
-        filled = (texts + texts[-1:] * fill for texts in (prompts, negatives))
-        tokens = self._tokenize([text for texts in filled for text in texts])
-        latents = jnp.concatenate([latents, jnp.repeat(latents[-1:], fill, axis=0)])
-        inputs = jax.device_put((latents, *tokens), sharding.named(self.mesh, ("act_batch",)))
+        guided = path.program.num_guided > 0
+        parallel = guided and shards % 2 == 0 and 0 < num % shards <= shards // 2
+        fill = -num % (shards // 2 if parallel else shards)
+        pairs = [texts + texts[-1:] * fill for texts in (prompts, negatives)]
+        texts = self._texts(pairs, guided, parallel, cached=path.numbers.cache is not None)
+        filled = jax.tree.map(
+            lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], fill, axis=0)]), (latents, start)
+        )
+        whole, split = sharding.named(self.mesh, ()), sharding.named(self.mesh, ("act_batch",))
+        noise, start = jax.device_put(filled, whole if parallel else split)
+        static = {
+            "program": path.program._replace(parallel=parallel),
+            "num": num,
+            "stretch": self._stretch(height, width, config),
+            "attention_gain": self._attention_gain(height, width, config),
+        }
+        args = (
+            self.params, self.text_params, self.autoencoder_params, noise,
+            jax.device_put(texts, split), path.numbers, start,
+        )  # fmt: skip
         with jax.set_mesh(self.mesh):
-            images = self.draw(
-                self.params, self.text_params, self.autoencoder_params, *inputs, config.numbers(),
-                program=config.program(), num=num,
-            )  # fmt: skip
+            if preview is None:
+                images, found = self.draw(*args, **static)
+            else:
+                images, found = self._draw_watched(path, preview, args, static)
         images = np.asarray(images.addressable_data(0))
-        if output == "float":
-            return images
-        images = np.round(images * 255).astype(np.uint8)
-        return images if output == "uint8" else [Image.fromarray(image) for image in images]
+        if output != "float":
+            images = np.round(images * 255).astype(np.uint8)
+        if output == "pil":
+            images = [Image.fromarray(image) for image in images]
+        found = jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[:, :num], found)
+        return (images, found) if trace else images
+
+    def settings(self, **given: Any) -> SamplerConfig:
+        """The sampling settings of a call: those given, not None, over the checkpoint's."""
+        known = {field.name for field in dataclasses.fields(SamplerConfig)}
+        if unknown := sorted(set(given) - known):
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}."
+            raise InputError(f"No sampling setting is called {unknown[0]!r}.{hint}")
+        given = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(self.defaults, **given)
+
+    def path(
+        self, height: int, width: int, config: SamplerConfig, strength: float = 1.0
+    ) -> sampler.Path:
+        """What is known of a picture of this size before it is drawn: its times, its program."""
+        num_tokens = height * width // self.pixels_per_token**2
+        return config.path(num_tokens, self._model.num_layers, strength)
+
+    def _draw_watched(self, path, preview, args, static):
+        """The same program with a call of the host in every evaluation, which no file can keep."""
+
+        def show(index, images):
+            if (listener := self._listener) is not None:
+                listener(int(index), np.asarray(images))
+
+        key = (*map(jax.typeof, jax.tree.leaves(args)), *sorted(static.items()))
+        if key not in self._watched:
+            function = functools.partial(
+                _draw, self._model, self._text_encoder, self._autoencoder, show=show, **static
+            )
+            self._watched[key] = jax.jit(function, **self._draw_options)
+        total = path.num_evaluations
+        self._listener = lambda index, images: preview(index + 1, total, images[: static["num"]])
+        try:
+            result = jax.block_until_ready(self._watched[key](*args))
+            jax.effects_barrier()
+            return result
+        finally:
+            self._listener = None
+
+    def _stretch(self, height, width, config):
+        """For a picture larger than those that the model draws by default."""
+        factor = (height * width / (self.size[0] * self.size[1])) ** 0.5
+        if config.rope_scaling == "none" or factor <= 1:
+            return None
+        return rope.Stretch(factor, config.rope_watershed)
+
+    def _attention_gain(self, height, width, config):
+        if not config.proportional_attention:
+            return 1.0
+        trained, now = (h * w // self.pixels_per_token**2 for h, w in (self.size, (height, width)))
+        return float(np.sqrt(np.log(now) / np.log(trained))) if now > trained > 1 else 1.0
+
+    def _start(self, image, mask, num, height, width):
+        """Pictures to begin from, and masks, as arrays: uint8 [B, H, W, 3], bool [B, H, W, 1]."""
+        if image is None:
+            if mask is not None:
+                raise InputError("A mask is given, and no image that it could be of.")
+            return None
+        images = _pictures(image, num, height, width, "image", "RGB")
+        if mask is None:
+            return jnp.asarray(images), None
+        masks = _pictures(mask, num, height, width, "mask", "L")[..., None] > 0
+        return jnp.asarray(images), jnp.asarray(masks)
 
     # Both are arguments of the program: a closed-over array would be copied into each one.
     @functools.cached_property
@@ -325,19 +418,41 @@ class Pipeline:
             negatives = [system_prompts.prefixed(text, name) if text else "" for text in negatives]
         return prompts, negatives
 
+    def _texts(self, pairs, guided, parallel, cached):
+        """Token ids and masks of each branch: together where both need as many slots, else apart.
+
+        Apart too where each branch is to skip layers on its own.
+        """
+        prompts, negatives = pairs
+        if not guided:
+            return [self._tokenize(prompts)]
+        ids, mask = self._tokenize(prompts)
+        others, other_mask = self._tokenize(negatives)
+        if not parallel and (cached or ids.shape != others.shape):
+            return [(ids, mask), (others, other_mask)]
+        slots = max(ids.shape[1], others.shape[1])
+
+        def both(x, y):
+            return np.concatenate([np.pad(z, ((0, 0), (0, slots - z.shape[1]))) for z in (x, y)])
+
+        return [(both(ids, others), both(mask, other_mask))]
+
     def _tokenize(self, texts):
         before = self._text_encoder.num_truncated
-        tokens = self._text_encoder.tokenize(texts)
+        ids, mask = self._text_encoder.tokenize(texts)
         if cut := self._text_encoder.num_truncated - before:
             logging.warning(
                 "%d of %d prompts were longer than %d tokens; their ends are ignored.",
                 cut, len(texts), self._text_encoder.max_tokens,
             )  # fmt: skip
-        # Padding changes no picture and costs as much as tokens do, so most of it is left out. What
-        # is kept comes in steps, so that few programs serve prompts of all lengths.
-        ids, mask = tokens
-        slots = -(-int(mask.sum(axis=1).max()) // SLOTS_STEP) * SLOTS_STEP
+        # Padding changes no picture and costs as much as tokens do, so most of it is left out.
+        slots = caption_slots(int(mask.sum(axis=1).max()))
         return ids[:, :slots], mask[:, :slots]
+
+
+def caption_slots(num_tokens: int) -> int:
+    """Of a branch whose longest caption has so many tokens; the empty one has one."""
+    return 1 if num_tokens == 1 else -(-num_tokens // SLOTS_STEP) * SLOTS_STEP
 
 
 def from_sections(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -370,23 +485,58 @@ def released_sections(
 
 
 def _draw(
-    forward, text_encoder, autoencoder, patch_size,
-    params, text_params, autoencoder_params, latents, token_ids, token_mask, numbers,
-    *, program, num,
+    model, text_encoder, autoencoder,
+    params, text_params, autoencoder_params, noise, texts, numbers, start,
+    *, program, num, stretch=None, attention_gain=1.0, show=None,
 ):  # fmt: skip
-    """The one program: captions, loop, decoder. Images in [0, 1].
+    """The one program: captions, loop, decoder. Images in [0, 1], and what the cache did.
 
-    The tokens are those of the prompts, then those of the negative prompts. `num` pictures are
-    returned; what filled the batch up stays on its devices.
+    `num` pictures are returned; what filled the batch up stays on its devices.
     """
+
+    def wide(x):
+        """Of as many rows as the devices divide."""
+        x = jnp.concatenate([x, x]) if program.parallel else x
+        return sharding.constrain(x, ("act_batch",) + (None,) * (x.ndim - 1))
+
+    def decode(latents):
+        images = autoencoder.decode(autoencoder_params, wide(latents))[: len(latents)]
+        return jnp.clip((images + 1) / 2, 0, 1)
+
     # float32 as in training, where they may come from a cache.
-    cap_feats = text_encoder.encode(text_params, token_ids, token_mask).astype(jnp.float32)
-    caption, negative = zip(jnp.split(cap_feats, 2), jnp.split(token_mask, 2), strict=True)
-    latents = sampler.sample(
-        forward, params, latents, caption, negative, numbers, patch_size=patch_size, program=program
-    )
-    images = autoencoder.decode(autoencoder_params, latents)[:num]
-    return jnp.clip((images + 1) / 2, 0, 1)
+    captions = [
+        (text_encoder.encode(text_params, ids, mask).astype(jnp.float32), mask)
+        for ids, mask in texts
+    ]
+    begin = None
+    if start is not None:
+        images, mask = start
+        scale = autoencoder.downscale
+        # The key is for autoencoders that draw their latents: the same start, the same picture.
+        latents = autoencoder.encode(autoencoder_params, wide(images), jax.random.key(0))
+        repaint = None
+        if mask is not None:  # a latent may change if any of its pixels may
+            repaint = reduce(
+                mask.astype(jnp.float32), "B (h p) (w q) c -> B h w c", "max", p=scale, q=scale
+            )
+        begin = sampler.Start(latents[: len(images)].astype(jnp.float32), repaint)
+
+    def watch(index, t, latents):
+        factor = max(1, autoencoder.downscale * max(latents.shape[1:3]) // PREVIEW_SIDE)
+        images = decode(pool_latents(latents, factor))
+        images = sharding.constrain(jnp.round(images * 255).astype(jnp.uint8), (None,) * 4)
+        jax.debug.callback(show, index, images)
+
+    latents, trace = sampler.sample(
+        make_stages(model, stretch=stretch, attention_gain=attention_gain),
+        params, noise, captions, numbers,
+        patch_size=model.patch_size, program=program, start=begin,
+        watch=None if show is None else watch,
+    )  # fmt: skip
+    images = decode(latents)
+    if start is not None and start[1] is not None:
+        images = jnp.where(start[1], images, start[0].astype(jnp.float32) / 255)
+    return images[:num], trace
 
 
 def typed(abstract: Any, dtype: str) -> Any:
@@ -402,6 +552,30 @@ def _check_same_encoders(parts, trained):
                 f"The {name} is not the one that the model was trained with: {found!r}, needed "
                 f"{trained[name]!r}. Give the folder of that one: {name}_path."
             )
+
+
+def _pictures(given, num, height, width, name, mode):
+    """Pictures as one array [num, height, width, ...]; one given serves all."""
+    several = isinstance(given, Sequence) or (
+        isinstance(given, np.ndarray) and given.ndim == (4 if mode == "RGB" else 3)
+    )
+    pictures = list(given) if several else [given] * num
+    if len(pictures) != num:
+        raise InputError(
+            f"{name} has {len(pictures)} entries for {num} prompt(s): give one, or one for each."
+        )
+    found = []
+    for picture in pictures:
+        if isinstance(picture, Image.Image):
+            picture = np.asarray(picture.convert(mode))
+        picture = np.asarray(picture)
+        if picture.shape[:2] != (height, width) or picture.dtype not in (np.uint8, bool):
+            raise InputError(
+                f"{name} is {picture.dtype} {picture.shape}; needed: uint8, {height} x {width} "
+                f"pixels, as the picture to draw. Resize it, or pass height and width."
+            )
+        found.append(picture)
+    return np.stack(found)
 
 
 def _one_for_each(value, prompts, name):

@@ -167,13 +167,10 @@ def test_neighbours_of_other_shapes_do_not_change_the_velocity(forward, params):
 def test_only_differences_of_the_caption_axis_matter(forward, params, monkeypatch):
     """Adding a constant to every first position, of caption and picture, changes nothing."""
     expected = forward(params, *inputs())
-    plain = rope.position_ids
-
-    def shifted(*args):
-        shift = jnp.array([13, 0, 0])[None, None]
-        return tuple(ids + shift for ids in plain(*args))
-
-    monkeypatch.setattr(rope, "position_ids", shifted)
+    shift = jnp.array([13, 0, 0])[None, None]
+    for name in ("caption_ids", "image_ids"):
+        plain = getattr(rope, name)
+        monkeypatch.setattr(rope, name, lambda *args, plain=plain: plain(*args) + shift)
     moved = jax.jit(next_dit.make_forward(TOY))(params, *inputs())
     np.testing.assert_allclose(moved, expected, atol=5e-5)
 

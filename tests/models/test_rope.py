@@ -46,7 +46,7 @@ def test_a_picture_begins_where_its_own_caption_ends():
     cap_mask = jnp.array([[True, True, True, False], [True, False, False, False]])
     rows = jnp.array([[0, 0, 1], [0, 1, 2]])
     columns = jnp.array([[0, 1, 0], [0, 0, 0]])
-    caption, image = rope.position_ids(cap_mask, rows, columns)
+    caption, image = rope.caption_ids(cap_mask), rope.image_ids(cap_mask, rows, columns)
     np.testing.assert_array_equal(caption[0], [[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0]])
     np.testing.assert_array_equal(image[0], [[3, 0, 0], [3, 0, 1], [3, 1, 0]])
     np.testing.assert_array_equal(image[1], [[1, 0, 0], [1, 1, 0], [1, 2, 0]])

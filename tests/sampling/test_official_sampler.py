@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from lumina_jax.models.embed import patchify, unpatchify
-from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, make_forward
+from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, make_forward, make_stages
 from lumina_jax.sampling import sampler
 from lumina_jax.sampling.sampler import SamplerConfig
+from tests.sampling.networks import whole
 
 DEMO = dict(
     num_steps=18, guidance_scale=4.0, guidance_truncation=0.25, guidance_renorm=1.0,
@@ -81,15 +82,23 @@ def make_inputs(batch, height, width, channels, features, seed=1):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("patch_size", "program"))
-def sample(forward, *inputs, **program):
-    return sampler.sample(forward, *inputs, **program)
+def sample(stages, *inputs, **program):
+    return sampler.sample(stages, *inputs, **program)[0]
 
 
-def ours(forward, params, latents, feats, mask, config, *, patch_size):
+def ours(stages, params, latents, feats, mask, config, *, patch_size, together=True):
     params, latents, feats = jax.tree.map(np.float32, (params, latents, feats))
+    captions = (
+        [tuple(map(np.concatenate, (feats, mask)))]
+        if together
+        else [*zip(feats, mask, strict=True)]
+    )
+    path = config.path(latents[0].size // latents.shape[-1] // patch_size**2, num_layers=1)
+    if not path.program.num_guided:
+        captions = [(feats[0], mask[0])]
     return sample(
-        forward, params, latents, (feats[0], mask[0]), (feats[1], mask[1]), config.numbers(),
-        patch_size=patch_size, program=config.program(),
+        stages, params, latents, captions, path.numbers,
+        patch_size=patch_size, program=path.program,
     )  # fmt: skip
 
 
@@ -121,7 +130,7 @@ def test_the_picture_is_the_official_one(mlp_weights, shape, renorm, truncation)
     config = SamplerConfig(**DEMO | {"guidance_renorm": renorm, "guidance_truncation": truncation})
     inputs = make_inputs(*shape, channels=3, features=3)
     expected = official_mlp(mlp_weights, *inputs, config)
-    found = ours(forward, mlp_weights, *inputs, config, patch_size=1)
+    found = ours(whole(forward), mlp_weights, *inputs, config, patch_size=1)
     assert relative_error(found, expected) < 1e-5
 
 
@@ -129,7 +138,7 @@ def test_euler_draws_the_official_picture_too(mlp_weights):
     config = SamplerConfig(**DEMO | {"solver": "euler", "num_steps": 51})
     inputs = make_inputs(2, 4, 6, channels=3, features=3)
     expected = official_mlp(mlp_weights, *inputs, config)
-    found = ours(forward, mlp_weights, *inputs, config, patch_size=1)
+    found = ours(whole(forward), mlp_weights, *inputs, config, patch_size=1)
     assert relative_error(found, expected) < 1e-5
 
 
@@ -178,5 +187,5 @@ def test_the_real_network_draws_the_official_picture():
             return np.asarray(velocity[: len(which)], np.float64)
 
         expected.append(official(network, noise, config))
-    found = ours(next_dit, params, latents, feats, mask, config, patch_size=2)
+    found = ours(make_stages(model), params, latents, feats, mask, config, patch_size=2)
     assert relative_error(found, np.stack(expected)) < 1e-5

@@ -154,7 +154,7 @@ def test_parts_that_do_not_belong_together_are_refused(pipeline):
 
 def test_the_same_call_does_not_compile_again(pipeline):
     """Neither for other prompts and seeds, nor for other strengths of guidance."""
-    pipeline(["a", "b"])
+    pipeline(["a", "b"], negative_prompt="y")
     before = len(pipeline.draw.programs)
     pipeline(["c", "d"], seed=8, negative_prompt="x", guidance_scale=2.5, guidance_renorm=0.9)
     assert len(pipeline.draw.programs) == before

@@ -12,7 +12,10 @@ from lumina_jax.errors import InputError
 from lumina_jax.models.embed import patchify
 from lumina_jax.sampling import guidance, sampler
 from lumina_jax.sampling.sampler import SamplerConfig
-from lumina_jax.sampling.solvers import SOLVERS, evaluations, integrate
+from lumina_jax.sampling.solvers import SOLVERS, evaluations
+from tests.sampling.networks import whole
+
+NUM_TOKENS = 4  # matters to the grid only where the shift is that of the resolution
 
 
 def make_config(**changes):
@@ -23,65 +26,16 @@ def make_config(**changes):
     return SamplerConfig(**{**defaults, **changes})
 
 
-def solve(solver, velocity, start, times):
-    """The end of the path in one part, with one velocity throughout."""
-    when, weights = evaluations(solver, np.asarray(times))
-    memory = (start,) * weights.shape[1]
-    return jax.jit(functools.partial(integrate, velocity))(memory, when, weights)[0]
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_solver_is_exact_on_the_straight_path(solver):
-    """Oracle 7: with the true velocity any number of intervals returns the data."""
-    data, noise = jax.random.normal(jax.random.key(0), (2, 2, 4, 4, 3))
-    for intervals in (1, 7):
-        times = make_config(num_steps=intervals + 1).times()
-        found = solve(solver, lambda x, t: data - noise, noise, times)
-        np.testing.assert_allclose(found, data, atol=2e-6)
-
-
-def test_midpoint_is_exact_where_the_velocity_is_linear_in_time():
-    """The integral of a + 2 b t over [0, 1] is a + b; Euler, looking back, stays below it."""
-    a, b, start = jax.random.uniform(jax.random.key(1), (3, 2, 4, 4, 3), minval=0.5)
-    for intervals in (1, 7):
-        times = make_config(num_steps=intervals + 1).times()
-        found = solve("midpoint", lambda x, t: a + 2 * b * t, start, times)
-        np.testing.assert_allclose(found, start + a + b, rtol=1e-6)
-        assert (solve("euler", lambda x, t: a + 2 * b * t, start, times) < found - 0.05).all()
-
-
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2)])
-def test_halving_the_intervals_divides_the_error_by_two_to_the_order(solver, order):
-    """On dx/dt = (1 + t) x the end is exp(3 / 2) times the start."""
-    field, start = lambda x, t: (1 + t) * x, jnp.ones((1, 1, 1, 1))
-    ends = [solve(solver, field, start, np.linspace(0, 1, n + 1)).item() for n in (40, 80)]
-    errors = np.exp(1.5) - np.array(ends)
-    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.05)
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_loop_cut_between_any_two_evaluations_ends_at_the_same_place(solver):
-    field = lambda x, t: x * jnp.cos(4 * t)  # noqa: E731
-    start, grid = jax.random.normal(jax.random.key(0), (1, 2, 2, 3)), np.linspace(0, 1, 4)
-    whole = solve(solver, field, start, grid)
-    times, weights = map(jnp.asarray, evaluations(solver, grid))
-    for cut in range(len(times) + 1):
-        memory = (start,) * weights.shape[1]
-        memory = integrate(field, memory, times[:cut], weights[:cut])
-        memory = integrate(field, memory, times[cut:], weights[cut:])
-        np.testing.assert_allclose(memory[0], whole, rtol=1e-6)
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_times_of_a_solver_never_fall(solver):
     """Where guidance ends is counted from the first evaluation."""
-    times, _ = evaluations(solver, make_config().times())
+    times, _ = evaluations(solver, make_config().times(NUM_TOKENS))
     assert (np.diff(times) >= 0).all()
 
 
 def test_time_grid_equals_the_published_values():
     """Oracle 6: fifty Euler intervals at shift 6."""
-    times = make_config().times()
+    times = make_config().times(NUM_TOKENS)
     np.testing.assert_allclose(times[:3], [0, 0.0034, 0.0069], atol=5e-5)
     np.testing.assert_allclose(times[-4:], [0.723, 0.800, 0.891, 1], atol=1e-3)
 
@@ -90,9 +44,19 @@ def test_both_semantics_walk_the_same_grid():
     """Diffusers' sigma_i = linspace(1, 1/N, N), shifted, with a last zero; t = 1 - sigma."""
     sigma = np.linspace(1, 1 / 50, 50)
     sigma = np.append(6 * sigma / (1 + 5 * sigma), 0)
-    theirs = make_config(semantics="diffusers", num_steps=50).times()
+    theirs = make_config(semantics="diffusers", num_steps=50).times(NUM_TOKENS)
     np.testing.assert_allclose(theirs, 1 - sigma, atol=1e-12)
-    np.testing.assert_array_equal(theirs, make_config().times())
+    np.testing.assert_array_equal(theirs, make_config().times(NUM_TOKENS))
+
+
+def run(path, stages, params, latents, caption, negative, **given):
+    """The latents, with prompts and negative prompts in one batch as long as there is guidance."""
+    captions = [caption]
+    if path.program.num_guided:
+        captions = [tuple(jnp.concatenate(pair) for pair in zip(caption, negative, strict=True))]
+    draw = functools.partial(sampler.sample, stages, patch_size=2, program=path.program, **given)
+    latents, _ = jax.jit(draw)(params, latents, captions, path.numbers)
+    return latents
 
 
 DEMO = {"solver": "midpoint", "num_steps": 18}
@@ -108,6 +72,7 @@ DIFFUSERS = {"semantics": "diffusers", "num_steps": 50}
         ({"guidance_scale": 1.0}, 0, 50),
         (DEMO, 23, 34),  # the twelfth interval is guided at its start only
         ({**DEMO, "guidance_truncation": 1.0}, 34, 34),
+        ({"solver": "dpm", "num_steps": 20}, 14, 20),
         (DIFFUSERS, 12, 50),
         ({**DIFFUSERS, "guidance_truncation": 1.0}, 50, 50),
         ({**DIFFUSERS, "solver": "midpoint"}, 24, 100),  # whole intervals
@@ -123,26 +88,23 @@ def test_truncation_saves_forward_passes(changes, guided, evaluated):
 
     latents = jnp.ones((1, 4, 4, 2))
     caption = (jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool))
-    config = make_config(**changes)
-    run = jax.jit(
-        functools.partial(sampler.sample, forward, patch_size=2, program=config.program())
-    )
-    run(0.1, latents, caption, caption, config.numbers())
+    path = make_config(**changes).path(NUM_TOKENS, 1)
+    run(path, whole(forward), 0.1, latents, caption, caption)
     jax.effects_barrier()
     assert (sizes.count(2), len(sizes)) == (guided, evaluated)
-    assert config.num_guided() == guided
+    assert (path.program.num_guided, path.num_evaluations) == (guided, evaluated)
 
 
 def test_guidance_ends_before_the_evaluation_at_the_truncation():
     """Two thirds of the way the shifted time is 0.25 exactly, and 0.25 < 0.25 is false."""
-    assert make_config(num_steps=31).times()[20] == pytest.approx(0.25, abs=1e-15)
-    assert make_config(num_steps=31).num_guided() == 20
+    assert make_config(num_steps=31).times(NUM_TOKENS)[20] == pytest.approx(0.25, abs=1e-15)
+    assert make_config(num_steps=31).path(NUM_TOKENS, 1).program.num_guided == 20
 
 
 def test_diffusers_guides_the_interval_that_reaches_the_fraction():
     """Theirs asks (i + 1) / n > fraction; 0.29 * 100 would be rounded down to 28."""
     config = make_config(semantics="diffusers", num_steps=100, guidance_truncation=0.29)
-    assert config.num_guided() == 29
+    assert config.path(NUM_TOKENS, 1).program.num_guided == 29
 
 
 def draw(config, params=0.3):
@@ -155,9 +117,7 @@ def draw(config, params=0.3):
     mask = jnp.ones((3, 2), bool)
     caption = (jnp.arange(6.0).reshape(3, 2, 1), mask)
     negative = (-jnp.ones((3, 2, 1)), mask)
-    return jax.jit(
-        functools.partial(sampler.sample, forward, patch_size=2, program=config.program())
-    )(params, latents, caption, negative, config.numbers())
+    return run(config.path(6, 1), whole(forward), params, latents, caption, negative)
 
 
 def test_without_guidance_the_negative_prompt_does_not_matter():
@@ -226,8 +186,8 @@ def test_renorm_of_a_zero_velocity_is_zero(semantics):
         ({"num_steps": 1}, "num_steps=1 leaves no interval.*at least 2 with official"),
         ({"num_steps": 0, "semantics": "diffusers"}, "at least 1 with diffusers"),
         ({"semantics": "comfy"}, "'comfy' is not one of official, diffusers"),
-        ({"solver": "heun"}, "solver='heun' is not one of euler, midpoint"),
-        ({"time_shift": 0.0}, "time_shift=0.0 must be positive"),
+        ({"solver": "dopri5"}, "solver='dopri5' is not one of euler, midpoint, heun, rk4, dpm"),
+        ({"time_shift": -1.0}, "time_shift=-1.0 must be positive"),
         ({"guidance_scale": 0.5}, "guidance_scale=0.5 must be at least 1"),
         ({"guidance_truncation": -1.0}, "must not be negative"),
     ],
@@ -247,9 +207,6 @@ def test_the_loop_sees_the_picture_as_tokens_of_its_shape():
 
     latents = jnp.zeros((1, 4, 6, 2))
     caption = (jnp.ones((1, 2, 1)), jnp.ones((1, 2), bool))
-    config = make_config(num_steps=3)
-    jax.jit(functools.partial(sampler.sample, forward, patch_size=2, program=config.program()))(
-        None, latents, caption, caption, config.numbers()
-    )
+    run(make_config(num_steps=3).path(6, 1), whole(forward), None, latents, caption, caption)
     assert shapes[0] == ((2, 6, 8), (2, 6))
     assert patchify(latents, 2, 6).columns[0].tolist() == [0, 1, 2, 0, 1, 2]
