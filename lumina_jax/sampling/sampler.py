@@ -165,8 +165,10 @@ class SamplerConfig:
         # In float32, as the network sees them, a time that falls on the truncation equals it.
         times, weights = evaluations(self.solver, grid)
         num_guided = self._num_guided(times, skipped)
-        forced = np.arange(len(times)) % self.cache_interval == 0
+        forced = np.zeros(len(times), bool)
         forced[[0, -1]] = True
+        if self.cache_interval > 1:
+            forced[:: self.cache_interval] = True
         cached = self.cache_threshold > 0 or self.cache_interval > 1
         return Path(
             numbers=Numbers(

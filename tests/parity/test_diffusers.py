@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 Lumina2Transformer2DModel = pytest.importorskip("diffusers").Lumina2Transformer2DModel
 
 from lumina_jax import sharding  # noqa: E402
-from lumina_jax.models import embed, next_dit  # noqa: E402
+from lumina_jax.models import embed, next_dit, rope  # noqa: E402
 from lumina_jax.types import ImageTokens  # noqa: E402
 from lumina_jax.weights import convert, files  # noqa: E402
 from lumina_jax.weights import next_dit as names  # noqa: E402
@@ -135,6 +135,60 @@ def test_velocity_equals_diffusers(name, size):
     assert_close(call_ours(cfg, params, *inputs), expected, 2e-5)
     # Padding the image slots must not change it either.
     assert_close(call_ours(cfg, params, *inputs, num_slots=100), expected, 2e-5)
+
+
+def call_stages(cfg, params, latents, t, cap_feats, cap_mask, **kind):
+    """Ours in the pieces that a sampler calls."""
+    height, width = latents.shape[1:3]
+    rows, columns = height // cfg.patch_size, width // cfg.patch_size
+    stages = next_dit.make_stages(cfg, **kind)
+
+    @jax.jit
+    def run(params, latents, t, cap_feats, cap_mask):
+        image = embed.patchify(latents, cfg.patch_size, rows * columns)
+        caption = stages.refine(params, cap_feats, cap_mask)
+        joined = stages.join(params, image, t, caption, cap_mask)
+        x = stages.attend(params, joined, rows, columns, None)
+        return stages.predict(params, x, joined, cap_mask.shape[1])
+
+    velocity = run(params, latents, t, cap_feats, cap_mask)
+    return embed.unpatchify(velocity, cfg.patch_size, height, width)
+
+
+def test_stretched_positions_equal_those_of_lumina_next():
+    """Linear before the watershed, NTK after it, on rows and columns: diffusers' own tables."""
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    cfg, params, theirs = make_pair("grouped")
+    latents, _, cap_feats, cap_mask = make_inputs(cfg, (8, 20))
+    plain, outputs = theirs.rope_embedder.freqs_cis, []
+    for t, factors in ((0.2, {"linear_factor": 1.7}), (0.4, {"ntk_factor": 1.7})):
+        stretched = [
+            get_1d_rotary_pos_embed(
+                dim, 512, theta=10000.0, freqs_dtype=torch.float64, **(factors if axis else {})
+            )
+            for axis, dim in enumerate(cfg.axes_dims)
+        ]
+        theirs.rope_embedder.freqs_cis = stretched
+        inputs = (latents, np.full(3, t, np.float32), cap_feats, cap_mask)
+        with torch.no_grad():
+            expected = call_theirs(theirs, *inputs).numpy()
+        theirs.rope_embedder.freqs_cis = plain
+        found = call_stages(cfg, params, *inputs, stretch=rope.Stretch(1.7, 0.3))
+        assert_close(found, expected, 2e-5)
+        outputs.append(np.abs(found - call_stages(cfg, params, *inputs)).max())
+    assert min(outputs) > 1e-3
+
+
+def test_attention_gain_multiplies_the_scores_wherever_image_tokens_attend():
+    cfg, params, theirs = make_pair("grouped")
+    inputs = make_inputs(cfg, (8, 20))
+    for block in (*theirs.noise_refiner, *theirs.layers):
+        block.attn.scale *= 1.2
+    with torch.no_grad():
+        expected = call_theirs(theirs, *inputs).numpy()
+    assert_close(call_stages(cfg, params, *inputs, attention_gain=1.2), expected, 2e-5)
+    assert np.abs(call_stages(cfg, params, *inputs) - expected).max() > 1e-3
 
 
 def test_sizes_mixed_in_one_batch_equal_separate_calls():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from lumina_jax import sharding
 from lumina_jax.errors import InputError
@@ -126,13 +127,157 @@ def test_a_mesh_draws_the_same_pictures(pipeline, mesh):
     np.testing.assert_allclose(found, pipeline(prompts, output="float"), atol=1e-4)
 
 
-def test_slots_that_no_prompt_of_a_call_needs_are_left_out(pipeline, monkeypatch):
-    expected = pipeline(["cat", ""], output="float")
+def test_each_branch_has_the_slots_that_its_own_prompts_need(pipeline, monkeypatch):
+    """The empty prompt needs one; all of them, as many as the longest, draw the same picture."""
+    shapes = []
+
+    def texts(pairs, guided, parallel, cached):
+        found = type(pipeline)._texts(pipeline, pairs, guided, parallel, cached)
+        shapes.append([ids.shape for ids, _ in found])
+        return found
+
+    monkeypatch.setattr(pipeline, "_texts", texts)
     monkeypatch.setattr(pipeline_module, "SLOTS_STEP", 4)
-    ids, mask = pipeline._tokenize(["cat", ""])  # four tokens and one, of six slots
-    assert ids.shape == mask.shape == (2, 4)
-    assert pipeline._tokenize(["horse"])[0].shape == (1, 6)
-    np.testing.assert_allclose(pipeline(["cat", ""], output="float"), expected, atol=1e-5)
+    apart = pipeline(["cat", "co"], output="float")
+    pipeline(["cat"], negative_prompt="horse", output="float")
+    pipeline(["cat"], negative_prompt="dog", output="float")
+    pipeline(["horses"], guidance_scale=1.0, output="float")
+    assert shapes == [[(2, 4), (2, 1)], [(1, 4), (1, 6)], [(2, 4)], [(1, 6)]]
+    monkeypatch.setattr(pipeline_module, "caption_slots", lambda num: 6)
+    together = pipeline(["cat", "co"], output="float")
+    assert shapes[-1] == [(4, 6)]
+    np.testing.assert_allclose(apart, together, atol=1e-5)
+
+
+def test_prompt_and_negative_prompt_are_halves_of_the_devices():
+    """Two devices and one picture: each has one branch, and none draws a picture too many."""
+    mesh = sharding.make_mesh(replica=1, data=2, model=1, devices=jax.devices()[:2])
+    pair = make_pipeline()
+    pair.mesh, pair.params = mesh, jax.device_put(pair.params, sharding.named(mesh, ()))
+    halves = Pipeline(
+        MODEL, pair.params, text_encoder=Letters(), autoencoder=Pixels(), defaults=DEFAULTS,
+        size=(16, 16), system_prompt="empty", mesh=mesh,
+    )  # fmt: skip
+    rows = []
+    encode = Letters.encode
+    halves._text_encoder.encode = lambda params, ids, mask: (
+        rows.append(ids.shape),
+        encode(halves._text_encoder, params, ids, mask),
+    )[1]
+    for prompts in (["cat"], ["cat", "dog", "cow"]):
+        for cache in ({}, {"cache_threshold": 0.1}):
+            found = halves(prompts, output="float", **cache)
+            expected = make_pipeline()(prompts, output="float", **cache)
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert [shape[0] for shape in rows] == [2, 2, 6, 6]
+
+
+START = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+def test_a_picture_drawn_over_another_is_nearer_to_it_the_less_of_the_path_is_walked(pipeline):
+    distances = [
+        np.abs(
+            pipeline("cat", image=START, strength=part, num_steps=21, output="float") - START / 255
+        ).mean()
+        for part in (0.05, 0.3, 0.6, 0.9)
+    ]
+    assert distances == sorted(distances)
+    assert distances[0] < 0.5 * distances[-1]
+
+
+def test_the_whole_path_leaves_nothing_of_the_picture_that_it_began_from(pipeline):
+    found = pipeline("cat", image=START, strength=1.0, output="float")
+    np.testing.assert_array_equal(found, pipeline("cat", output="float"))
+
+
+def test_a_part_of_the_path_begins_at_the_noise_of_its_time():
+    """By hand: the last two intervals of four, from (1 - t) noise + t latents."""
+    path = DEFAULTS.path(16, 1, strength=0.5)
+    grid = DEFAULTS.times(16)
+    np.testing.assert_allclose(path.numbers.times, grid[2:4], rtol=1e-6)
+    assert path.numbers.begin == np.float32(grid[2])
+    assert path.program.num_guided == sum(grid[2:4] < DEFAULTS.guidance_truncation)
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "rk4", "dpm"])
+def test_repainting_keeps_every_pixel_outside_the_mask(pipeline, solver):
+    mask = np.zeros((16, 16), bool)
+    mask[3:9, 5:] = True
+    found = pipeline(["cat", "dog"], image=START, mask=mask, solver=solver, output="uint8")
+    for picture in found:
+        np.testing.assert_array_equal(picture[~mask], START[~mask])
+        assert (picture[mask] != START[mask]).mean() > 0.9
+
+
+def test_what_is_repainted_sees_what_is_kept(pipeline):
+    """Another surrounding, another inside; and a mask of everything is no mask."""
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:12, 4:12] = 255
+    inside = [
+        pipeline("cat", image=image, mask=mask, output="float")[0, 4:12, 4:12]
+        for image in (START, 255 - START)
+    ]
+    assert np.abs(inside[0] - inside[1]).max() > 1e-3
+    everything = np.full_like(mask, 255)
+    found = pipeline("cat", image=START, mask=everything, output="float")
+    np.testing.assert_allclose(found, pipeline("cat", output="float"), atol=1e-6)
+
+
+def test_pillow_pictures_are_taken_too(pipeline):
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:12] = 255
+    arrays = pipeline("cat", image=START, mask=mask, output="uint8")
+    pictures = pipeline(
+        "cat", image=Image.fromarray(START), mask=Image.fromarray(mask), output="uint8"
+    )
+    np.testing.assert_array_equal(arrays, pictures)
+
+
+def test_a_preview_shows_every_evaluation_and_ends_at_the_picture(pipeline):
+    seen = []
+    watched = pipeline(
+        ["cat", "dog"], preview=lambda *shown: seen.append(shown), output="uint8", num_steps=6
+    )
+    np.testing.assert_array_equal(watched, pipeline(["cat", "dog"], output="uint8", num_steps=6))
+    assert sorted(done for done, _, _ in seen) == [1, 2, 3, 4, 5]
+    assert {total for _, total, _ in seen} == {5}
+    assert {images.shape for _, _, images in seen} == {(2, 16, 16, 3)}
+    last = max(seen, key=lambda shown: shown[0])[2]
+    np.testing.assert_array_equal(last, watched)  # the data that the last velocity predicts
+
+
+def test_the_trace_tells_what_each_picture_computed(pipeline):
+    images, trace = pipeline(
+        ["cat", "dog"], cache_interval=2, trace=True, output="float", num_steps=6
+    )
+    assert images.shape == (2, 16, 16, 3)
+    expected = np.array([True, False, True, False, True])[:, None].repeat(2, axis=1)
+    np.testing.assert_array_equal(trace.conditional.computed, expected)
+    assert len(trace.unconditional.computed) < 5
+    assert pipeline("cat", trace=True)[1] is None
+
+
+def test_every_acceleration_is_a_setting_of_the_call(pipeline):
+    plain = pipeline("cat", output="float", num_steps=9)
+    for change in (
+        {"cache_threshold": 0.5}, {"cache_interval": 3}, {"merge_ratio": 0.5},
+        {"merge_ratio": 0.5, "merge_steps": (0.5, 1.0), "cache_interval": 2}, {"solver": "dpm"},
+        {"time_shift": 0.0},
+    ):  # fmt: skip
+        found = pipeline("cat", output="float", num_steps=9, **change)
+        assert np.isfinite(found).all()
+        assert np.abs(found - plain).max() > 1e-4, change
+
+
+def test_larger_pictures_are_stretched_only_where_asked_and_only_if_larger(pipeline):
+    settings = {"rope_scaling": "time_aware", "proportional_attention": True}
+    small = pipeline("cat", output="float")
+    np.testing.assert_array_equal(pipeline("cat", output="float", **settings), small)
+    large = {"height": 32, "width": 48, "output": "float"}
+    plain = pipeline("cat", **large)
+    for name, value in settings.items():
+        assert np.abs(pipeline("cat", **large, **{name: value}) - plain).max() > 1e-4, name
 
 
 def test_parts_that_do_not_belong_together_are_refused(pipeline):
@@ -176,6 +321,17 @@ def test_the_same_call_does_not_compile_again(pipeline):
         (["a"], {"seed": [1, 2]}, r"seed has 2 entries for 1 prompt\(s\)"),
         (["a"], {"seed": -1}, "seed -1 is not between 0 and 4294967295"),
         (["a", "b"], {"negative_prompt": ["c"]}, "negative_prompt has 1 entries for 2"),
+        (["a"], {"steps": 3}, "No sampling setting is called 'steps'. Did you mean num_steps"),
+        (["a"], {"strength": 0.5}, "strength=0.5 is given, and no image"),
+        (["a"], {"image": START, "strength": 0.0}, "strength=0.0 must be above 0"),
+        (["a"], {"mask": START[..., 0]}, "A mask is given, and no image"),
+        (["a"], {"image": START[:8]}, r"image is uint8 \(8, 16, 3\); needed: uint8, 16 x 16"),
+        (["a"], {"image": [START, START]}, r"image has 2 entries for 1 prompt"),
+        (["a"], {"image": START / 255}, "image is float64"),
+        (["a"], {"cache_interval": 2, "cache_threshold": 1.0}, "two ways to choose"),
+        (["a"], {"merge_ratio": 0.9}, "merge_ratio=0.9 is not between 0 and 0.75"),
+        (["a"], {"merge_steps": (0.5, 0.2)}, "merge_steps=.* must be two fractions"),
+        (["a"], {"rope_scaling": "yarn"}, "rope_scaling='yarn' is not one of none, time_aware"),
         (["a"], {"latents": jnp.ones((2, 16, 16, 3))}, r"latents have shape \(2, 16, 16, 3\)"),
     ],
 )
