@@ -128,6 +128,43 @@ def _plot_classes(panel, metrics) -> None:
     _title(panel, "share of the time since the first start that was lost to")
 
 
+def cache_calibration(
+    path: epath.PathLike,
+    distance: Float[np.ndarray, " n"],
+    change: Float[np.ndarray, " n"],
+    coefficients: Sequence[float],
+    thresholds: Sequence[Mapping[str, float]],
+) -> None:
+    """Draws the fit of a sampler's cache, and what its thresholds cost and save, as a PNG."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    fit, cost = figure.subplots(1, 2)
+    fit.plot(distance, change, ".", color=_RAW, markersize=4, label="evaluations")
+    line = np.linspace(0, distance.max(), 200)
+    fit.plot(line, np.polyval(coefficients, line), color=_LINE, label="polynomial")
+    fit.plot(line, line, ":", color=_FAINT, linewidth=1, label="as far as it moved")
+    fit.set_xlabel("how far the input of the first layer moved", fontsize=9)
+    fit.legend(frameon=False, fontsize=8)
+    _title(fit, "how much the work of the layers changed")
+    computed = [row["computed"] for row in thresholds]
+    error = [row["error"] for row in thresholds]
+    cost.plot(computed, error, "o-", color=_OTHER, markersize=5, linewidth=1.2)
+    for row in thresholds:
+        cost.annotate(
+            f"{row['threshold']:g}", (row["computed"], row["error"]), textcoords="offset points",
+            xytext=(6, 4), fontsize=8, color=_FAINT,
+        )  # fmt: skip
+    cost.set_xlim(0, 1)
+    cost.set_ylim(bottom=0)
+    cost.set_xlabel("share of evaluations in which the layers ran", fontsize=9)
+    _title(cost, "error of the picture (root mean square, of 1), by threshold")
+    for panel in (fit, cost):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color=_GRID)
+        panel.set_axisbelow(True)
+        panel.tick_params(labelsize=8)
+    _save(figure, path)
+
+
 def prepared_data(
     manifests: Sequence[Manifest], report: Report, output_path: epath.PathLike
 ) -> None:

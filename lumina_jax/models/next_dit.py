@@ -454,21 +454,49 @@ def forward_flops(
     """
     if isinstance(num_image_tokens, int):
         num_image_tokens = [num_image_tokens]
+    pictures = (picture_flops(cfg, tokens, num_caption_tokens) for tokens in num_image_tokens)
+    return caption_flops(cfg, num_caption_tokens) + sum(pictures)
+
+
+def caption_flops(cfg: NextDiTConfig, num_tokens: int) -> int:
+    """Of refining a caption, which a sampler does once for a whole path."""
+    refined = cfg.num_refiner_layers * _block_flops(cfg, num_tokens)
+    return refined + 2 * num_tokens * cfg.cap_feat_dim * cfg.dim
+
+
+def picture_flops(
+    cfg: NextDiTConfig,
+    num_image_tokens: int,
+    num_caption_tokens: int,
+    *,
+    skipped: bool = False,
+    num_merged: int = 0,
+    num_merging: int = 0,
+) -> int:
+    """Of a picture whose caption is refined already.
+
+    Args:
+      cfg: Sizes.
+      num_image_tokens: Of the picture.
+      num_caption_tokens: Of its caption.
+      skipped: The layers do not run.
+      num_merged: Of the image tokens, how many go with others...
+      num_merging: ... in how many layers.
+    """
+    tokens = num_image_tokens + num_caption_tokens
+    layers = (cfg.num_layers - num_merging) * _block_flops(cfg, tokens)
+    layers += num_merging * _block_flops(cfg, tokens - num_merged)
+    modulations = 4 * (cfg.num_layers + cfg.num_refiner_layers) + 1
+    return (
+        (0 if skipped else layers)
+        + cfg.num_refiner_layers * _block_flops(cfg, num_image_tokens)
+        + 2 * num_image_tokens * cfg.patch_dim * cfg.dim * 2
+        + 2 * cfg.cond_dim * cfg.dim * modulations
+        + 2 * cfg.cond_dim * (2 * TimestepEmbedder.num_frequencies + cfg.cond_dim)
+    )
+
+
+def _block_flops(cfg: NextDiTConfig, num_tokens: int) -> int:
     kv_dim = cfg.num_kv_heads * cfg.head_dim
     per_token = 2 * (2 * cfg.dim * cfg.dim + 2 * cfg.dim * kv_dim + 3 * cfg.dim * cfg.hidden_dim)
-
-    def block(tokens):
-        return tokens * per_token + 4 * tokens * tokens * cfg.dim
-
-    def picture(tokens):
-        return (
-            cfg.num_layers * block(tokens + num_caption_tokens)
-            + cfg.num_refiner_layers * block(tokens)
-            + 2 * tokens * cfg.patch_dim * cfg.dim * 2
-            + 2 * cfg.cond_dim * cfg.dim * (4 * (cfg.num_layers + cfg.num_refiner_layers) + 1)
-            + 2 * cfg.cond_dim * (2 * TimestepEmbedder.num_frequencies + cfg.cond_dim)
-        )
-
-    caption = cfg.num_refiner_layers * block(num_caption_tokens)
-    caption += 2 * num_caption_tokens * cfg.cap_feat_dim * cfg.dim
-    return caption + sum(map(picture, num_image_tokens))
+    return num_tokens * per_token + 4 * num_tokens * num_tokens * cfg.dim

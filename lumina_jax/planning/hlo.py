@@ -166,7 +166,7 @@ class Program:
     collectives: tuple[Collective, ...]
     kernels: tuple[Kernel, ...]
     host_bytes: HostTraffic
-    conditionals: int  # all branches of each are counted
+    conditionals: int  # see `analyze` for what is counted of them
     largest: tuple[Buffer, ...]  # every distinct array outside fusions, largest first
 
     @property
@@ -186,16 +186,20 @@ class Program:
         return sorted(self.costs, key=lambda cost: -cost.cycles)[:n]
 
 
-def analyze(text: str) -> Program:
-    """Reads the text of a compiled program. A loop of unknown length is a ValueError."""
-    return _Walk(Module(text)).program()
+def analyze(text: str, *, taken: float = 1.0) -> Program:
+    """Reads the text of a compiled program. A loop of unknown length is a ValueError.
+
+    Of a condition all branches are counted, those that hold a loop in so many of the executions:
+    the layers of a sampler, which its cache may skip.
+    """
+    return _Walk(Module(text), taken).program()
 
 
 class _Walk:
     """Goes through a program as it runs and collects what it does."""
 
-    def __init__(self, module: Module):
-        self.module = module
+    def __init__(self, module: Module, taken: float):
+        self.module, self.taken = module, taken
         self.dot_flops = 0
         self.conditionals = 0
         self.costs: list[Cost] = []
@@ -228,7 +232,11 @@ class _Walk:
             if opcode == "conditional":
                 self.conditionals += 1
                 for branch in _branches(instruction):
-                    self.run(frame.enter(instruction, branch))
+                    inside = frame.enter(instruction, branch)
+                    if _holds_loop(inside):
+                        share = max(round(inside.executions * self.taken), 1)
+                        inside = dataclasses.replace(inside, executions=share)
+                    self.run(inside)
                 continue
             if instruction.base == "call":
                 self.run(frame.enter(instruction, instruction.called))
@@ -428,6 +436,10 @@ class _Walk:
         if instruction.opcode == "fusion":
             instruction = self.module.computations[instruction.called].root
         return instruction.opcode == "dynamic-update-slice"
+
+
+def _holds_loop(frame: Frame) -> bool:
+    return any(i.opcode == "while" for i in frame.computation.instructions.values())
 
 
 def _branches(conditional: Instruction) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -45,6 +46,7 @@ class Lowered:
       inputs: Bytes on a chip of each kind of input.
       sequences: Lengths of the sequences in which tokens attend to each other.
       compiler_options: That it is compiled with.
+      taken: How often the layers run that a condition may skip, as a share.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Lowered:
     inputs: Mapping[str, int]
     sequences: tuple[int, ...]
     compiler_options: Mapping[str, str]
+    taken: float = 1.0
 
 
 def lower_train(
@@ -133,10 +136,21 @@ def lower_sample(
     params = _placed(params, sharding.tree_shardings(params, mesh))
     text_params, image_params = _encoder_params(text_encoder, autoencoder, mesh)
     h, w = height // autoencoder.downscale, width // autoencoder.downscale
+    if defaults.cache_threshold:
+        raise InputError(
+            f"sampling.cache_threshold={defaults.cache_threshold} skips what the picture allows, "
+            f"which no plan can know. Plan a fixed interval: --config.sampling.cache_interval=2 "
+            f"--config.sampling.cache_threshold=0."
+        )
     path = pipeline.path(height, width, defaults)
+    guided = path.program.num_guided > 0
     noise = _split(mesh, (num_images, h, w, autoencoder.channels), jnp.float32)
-    rows = num_images * (2 if path.program.num_guided else 1)
-    texts = [(_split(mesh, (rows, text_slots), jnp.int32), _split(mesh, (rows, text_slots), bool))]
+    # The negative prompt is empty, and has a slot for its one token.
+    slots = (text_slots, 1)
+    texts = [
+        (_split(mesh, (num_images, num), jnp.int32), _split(mesh, (num_images, num), bool))
+        for num in slots[: 1 + guided]
+    ]
     numbers = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, ())),
         jax.eval_shape(lambda: jax.tree.map(jnp.asarray, path.numbers)),
@@ -146,10 +160,9 @@ def lower_sample(
             params, text_params, image_params, noise, texts, numbers, None,
             program=path.program, num=num_images,
         )  # fmt: skip
-    image_tokens = height * width // pipeline.pixels_per_token**2
-    forwards = path.num_evaluations + path.program.num_guided
-    flops = forwards * next_dit.forward_flops(model, image_tokens, text_slots)
-    flops += 2 * gemma2.forward_flops(text_encoder.cfg, text_slots)
+    unit = pipeline.pixels_per_token
+    flops = path.flops(model, height=height // unit, width=width // unit, slots=slots)
+    flops += sum(gemma2.forward_flops(text_encoder.cfg, num) for num in slots[: 1 + guided])
     flops += vae.forward_flops(autoencoder.cfg, height, width)[1]
     return Lowered(
         name="sample",
@@ -162,8 +175,9 @@ def lower_sample(
             "autoencoder": _bytes(image_params),
             "batch": _bytes((noise, texts)),
         },
-        sequences=_sequences([image_tokens], text_slots),
+        sequences=_sequences([height * width // unit**2], text_slots),
         compiler_options=compiler.options(sharding.device_kind(mesh)),
+        taken=1.0 if path.numbers.cache is None else float(np.mean(path.numbers.cache.forced)),
     )
 
 

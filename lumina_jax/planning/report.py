@@ -78,7 +78,7 @@ def compile_and_report(lowered: Lowered, topology: Topology) -> Report:
         "host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
     }
     text = compiled.as_text()
-    program = hlo.analyze(text)
+    program = hlo.analyze(text, taken=lowered.taken)
     code = kernels.machine_code(program.kernels, topology, lowered.compiler_options)
     counted = {k.name: bundles.parse(k.name, code[k.code]) for k in program.kernels}
     numbers = _memory(lowered, compiled.memory_analysis())
@@ -94,7 +94,8 @@ def versions() -> dict[str, str]:
 def key(lowered: Lowered, topology: Topology) -> str:
     """Programs with the same key give the same numbers."""
     options = sorted(lowered.compiler_options.items())
-    parts = (lowered.lowered.as_text(), str(topology), options, sorted(versions().items()))
+    program = lowered.lowered.as_text(), lowered.taken
+    parts = (program, str(topology), options, sorted(versions().items()))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

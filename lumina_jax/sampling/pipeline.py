@@ -7,6 +7,8 @@ pipeline(["dog face"])[0].save("dog.png")
 import dataclasses
 import difflib
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from einops import reduce
+from etils import epath
 from PIL import Image
 
 from lumina_jax import checkpoint, compiler, sharding, system_prompts
@@ -27,6 +30,7 @@ from lumina_jax.models import rope
 from lumina_jax.models.embed import pool_latents
 from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, make_stages
 from lumina_jax.sampling import caching, sampler
+from lumina_jax.sampling.calibration import FILE_NAME, Calibration
 from lumina_jax.sampling.sampler import SamplerConfig
 from lumina_jax.weights import diffusers
 from lumina_jax.weights.next_dit import open_transformer
@@ -122,7 +126,8 @@ class Pipeline:
           autoencoder_path: Likewise.
           mesh: Where to put the model; one device by default.
 
-        A text encoder or autoencoder that is not the one of the training is an InputError.
+        A text encoder or autoencoder that is not the one of the training is an InputError. A
+        calibration of the cache that lies in the workdir is used.
         """
         mesh = mesh or sharding.make_mesh(replica=1, data=1, model=1, devices=jax.devices()[:1])
         found = checkpoint.find(path, step)
@@ -142,7 +147,10 @@ class Pipeline:
         abstract = typed(abstract_params(model), checkpoint.dtype_of(found, weights))
         shardings = sharding.tree_shardings(abstract, mesh)
         params = checkpoint.load_params(found, abstract, shardings, weights=weights)
-        return cls(model, params, **parts, mesh=mesh)
+        pipeline = cls(model, params, **parts, mesh=mesh)
+        if (epath.Path(path) / FILE_NAME).exists():
+            pipeline.use_calibration(path)
+        return pipeline
 
     @classmethod
     def from_diffusers(
@@ -173,6 +181,11 @@ class Pipeline:
         sections = released_sections(str(folder), dtype=dtype, soft_cap=soft_cap)
         sections["sampling"] |= diffusers.sampling_section(folder)
         return cls(model, params, **from_sections(sections), mesh=mesh)
+
+    def use_calibration(self, path: epath.PathLike) -> None:
+        """Takes the polynomial of `tools/calibrate_cache.py`, from its file or the folder of it."""
+        found = Calibration.load(path)
+        self.defaults = dataclasses.replace(self.defaults, cache_coefficients=found.coefficients)
 
     def save_diffusers(self, path: str, *, dtype: str | None = None) -> None:
         """Writes a folder that `diffusers.Lumina2Pipeline.from_pretrained` reads.
@@ -320,6 +333,31 @@ class Pipeline:
         """What is known of a picture of this size before it is drawn: its times, its program."""
         num_tokens = height * width // self.pixels_per_token**2
         return config.path(num_tokens, self._model.num_layers, strength)
+
+    def caption_slots(
+        self, prompts: Sequence[str], negatives: Sequence[str], system_prompt: str, semantics: str
+    ) -> list[tuple[int, ...]]:
+        """Of each prompt and its negative prompt: where they are equal, one program serves all."""
+        texts = self._with_system_prompt(prompts, negatives, system_prompt, semantics)
+        counts = [self._text_encoder.tokenize(part)[1].sum(axis=1) for part in texts]
+        return [tuple(caption_slots(int(n)) for n in pair) for pair in zip(*counts, strict=True)]
+
+    def fingerprint(self) -> str:
+        """Changes with any number of the weights and with the encoders; equal on every mesh.
+
+        All processes of a mesh must ask for it together.
+        """
+        named, _ = jax.tree_util.tree_flatten_with_path(self.params)
+        sums = jax.jit(
+            lambda leaves: [_sums_of_bits(x) for x in leaves],
+            out_shardings=sharding.named(self.mesh, ()),
+        )([x for _, x in named])
+        content = [
+            [jax.tree_util.keystr(path), x.shape, str(x.dtype), found.addressable_data(0).tolist()]
+            for (path, x), found in zip(named, sums, strict=True)
+        ]
+        encoders = [self._text_encoder.fingerprint(), self._autoencoder.fingerprint()]
+        return hashlib.sha256(json.dumps([content, encoders]).encode()).hexdigest()
 
     def _draw_watched(self, path, preview, args, static):
         """The same program with a call of the host in every evaluation, which no file can keep."""
@@ -537,6 +575,30 @@ def _draw(
     if start is not None and start[1] is not None:
         images = jnp.where(start[1], images, start[0].astype(jnp.float32) / 255)
     return images[:num], trace
+
+
+def _sums_of_bits(x):
+    """Two sums over all numbers, modulo 2^32, of their bits scrambled together with their places.
+
+    Scrambling loses nothing, so that a change of one number always shows. Sums of integers do not
+    depend on their order, and so not on the mesh.
+    """
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    sums = [
+        jnp.sum(_scramble(bits ^ _scramble(place + jnp.uint32(offset))), dtype=jnp.uint32)
+        for offset in (1, 0x9E3779B9)
+    ]
+    return jnp.stack(sums)
+
+
+def _scramble(x):
+    """The end of MurmurHash3: one to one, every bit of the result depends on every bit of x."""
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
 
 
 def typed(abstract: Any, dtype: str) -> Any:

@@ -23,7 +23,14 @@ from jaxtyping import Array, Bool, Float
 from lumina_jax import flow, sharding
 from lumina_jax.errors import InputError
 from lumina_jax.models.embed import patchify, unpatchify
-from lumina_jax.models.next_dit import Merging, Stages
+from lumina_jax.models.merging import num_merged
+from lumina_jax.models.next_dit import (
+    Merging,
+    NextDiTConfig,
+    Stages,
+    caption_flops,
+    picture_flops,
+)
 from lumina_jax.sampling import caching
 from lumina_jax.sampling.guidance import guide
 from lumina_jax.sampling.solvers import SOLVERS, evaluations, mix
@@ -260,6 +267,50 @@ class Path(NamedTuple):
     @property
     def num_evaluations(self) -> int:
         return len(self.numbers.times)
+
+    def flops(
+        self,
+        cfg: NextDiTConfig,
+        *,
+        height: int,
+        width: int,
+        slots: tuple[int, int],
+        trace: "Trace | None" = None,
+    ) -> float:
+        """Floating-point operations of the network for one picture, a multiply-add being two.
+
+        Args:
+          cfg: Of the network.
+          height: Of the picture, in tokens.
+          width: Likewise.
+          slots: Of its caption and of the negative one.
+          trace: What a cache really skipped, the mean over its pictures. Without one, what it must
+            compute counts alone, which is all of it for a fixed interval.
+        """
+        num_tokens, merging = height * width, self.program.merging
+        forced = np.ones(self.num_evaluations)
+        if self.numbers.cache is not None:
+            forced = self.numbers.cache.forced.astype(float)
+        guided = self.program.num_guided
+        computed = [forced, forced[:guided]]
+        if trace is not None:
+            computed = [np.mean(r.computed, axis=1) if r else [] for r in trace]
+        total = 0.0
+        for num_slots, shares in zip(slots, computed, strict=True):
+            if not len(shares):
+                continue
+            total += caption_flops(cfg, num_slots)
+            for index, share in enumerate(shares):
+                merged = {}
+                if merging and self.program.merged[0] <= index < self.program.merged[1]:
+                    merged = {
+                        "num_merged": num_merged(height, width, merging.ratio),
+                        "num_merging": merging.stop - merging.start,
+                    }
+                full = picture_flops(cfg, num_tokens, num_slots, **merged)
+                skipped = picture_flops(cfg, num_tokens, num_slots, skipped=True)
+                total += share * full + (1 - share) * skipped
+        return total
 
 
 class Start(NamedTuple):
