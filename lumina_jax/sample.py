@@ -51,9 +51,28 @@ from lumina_jax.version import __version__
 
 # What a line of a JSONL file of prompts may say.
 LINE = {"prompt": str, "negative_prompt": str, "seed": int, "height": int, "width": int}
-SETTINGS = tuple(field.name for field in dataclasses.fields(SamplerConfig))
-# Settings that are several numbers.
-LISTS = ("cache_coefficients", "merge_layers", "merge_steps")
+# Sampling settings and their types; each is a flag.
+SETTINGS = {field.name: field.type for field in dataclasses.fields(SamplerConfig)}
+LISTS = tuple(name for name, kind in SETTINGS.items() if kind not in (int, float, bool, str))
+HELP = {
+    "num_steps": "Points of the time grid, or intervals.",
+    "guidance_scale": "1 follows the prompt alone.",
+    "guidance_truncation": "1 guides to the end.",
+    "guidance_renorm": "0 is off.",
+    "semantics": f"Whose meaning those four have: {', '.join(SEMANTICS)}.",
+    "solver": f"{', '.join(SOLVERS)}.",
+    "time_shift": "1 spends the steps evenly; 0 goes by the size.",
+    "cache_threshold": "Reuse the layers' work until it changed by this fraction; 0 is off.",
+    "cache_interval": "Run the layers in every n-th evaluation only; 1 is off.",
+    "cache_coefficients": "Of the polynomial from a distance to a change, with commas.",
+    "cache_order": "1 follows the line through the last two results; 0 takes the last one.",
+    "merge_ratio": "Of the image tokens, how many go with a similar one; 0 is off.",
+    "merge_layers": "From,to: fractions of the layers.",
+    "merge_steps": "From,to: fractions of the evaluations.",
+    "rope_scaling": "none, or time_aware for pictures larger than those of training.",
+    "rope_watershed": "From when on only slow rotations are stretched.",
+    "proportional_attention": "Sharper attention in pictures larger than those of training.",
+}
 # Flags that take their value from a picture to be drawn again.
 TAKEN_OVER = (
     "step", "weights", "dtype", "prompt", "negative_prompt", "seed", "height", "width",
@@ -101,22 +120,10 @@ def define_flags() -> None:
     flags.DEFINE_float("strength", None, "How much of the path is walked anew from there.")
     flags.DEFINE_string("mask", None, "White where that picture may change; as large.")
 
-    flags.DEFINE_integer("num_steps", None, "Points of the time grid, or intervals.")
-    flags.DEFINE_float("guidance_scale", None, "1 follows the prompt alone.")
-    flags.DEFINE_float("guidance_truncation", None, "1 guides to the end.")
-    flags.DEFINE_float("guidance_renorm", None, "0 is off.")
-    flags.DEFINE_enum("semantics", None, SEMANTICS, "Whose meaning those four have.")
-    flags.DEFINE_enum("solver", None, list(SOLVERS), "Of the path.")
-    flags.DEFINE_float("time_shift", None, "1 spends the steps evenly; 0: by the size.")
-    flags.DEFINE_float("cache_threshold", None, "Reuse work until it changed so much; 0 is off.")
-    flags.DEFINE_integer("cache_interval", None, "Run the layers every n-th time; 1 is off.")
-    flags.DEFINE_list("cache_coefficients", None, "Of the cache's polynomial.")
-    flags.DEFINE_float("merge_ratio", None, "Of the image tokens, how many are merged; 0 is off.")
-    flags.DEFINE_list("merge_layers", None, "From,to: fractions of the layers.")
-    flags.DEFINE_list("merge_steps", None, "From,to: fractions of the evaluations.")
-    flags.DEFINE_enum("rope_scaling", None, ["none", "time_aware"], "For larger pictures.")
-    flags.DEFINE_float("rope_watershed", None, "When only slow rotations are stretched.")
-    flags.DEFINE_bool("proportional_attention", None, "Sharper attention in larger pictures.")
+    for name, kind in SETTINGS.items():
+        define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool,
+                  str: flags.DEFINE_string}.get(kind, flags.DEFINE_list)  # fmt: skip
+        define(name, None, HELP.get(name, "See SamplerConfig."))
 
 
 def take_over(args: flags.FlagValues, metadata: Mapping[str, Any]) -> None:
