@@ -132,5 +132,18 @@ def get_config() -> ConfigDict:
     sampling.semantics = "official"  # or diffusers
     sampling.solver = "euler"
     sampling.time_shift = 6.0
+    sampling.cache_threshold = 0.0  # change of the layers' work up to which it is reused; 0: off
+    sampling.cache_interval = 1  # or run them in every n-th evaluation; 1: in all
+    sampling.cache_order = 1  # 0: reuse the last work; 1: follow the last two
+    sampling.cache_coefficients = (
+        1.0,
+        0.0,
+    )  # distance of input -> change; tools/calibrate_cache.py
+    sampling.merge_ratio = 0.0  # share of image tokens that go with a similar one; 0.75 at most
+    sampling.merge_layers = (0.1, 0.9)  # in these layers, as fractions of the depth
+    sampling.merge_steps = (0.0, 1.0)  # and evaluations
+    sampling.rope_scaling = "none"  # or time_aware, for pictures larger than those trained on
+    sampling.rope_watershed = 0.3  # t from which on only slow rotations are stretched
+    sampling.proportional_attention = False  # sharper where more tokens share it than in training
     sampling.system_prompt = "real"  # as upstream samples, whichever a picture was trained with
     return config

@@ -12,7 +12,7 @@ again when their work has changed by about a fifth.
 """
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from etils import epath
 
 from lumina_jax import checkpoint, cli, executables, plots
@@ -61,15 +61,12 @@ def main() -> None:
     found.save(output)
     figure = epath.Path(output) / "cache_calibration.png"
     plots.cache_calibration(figure, *calibration.pairs(trace), found.coefficients, found.thresholds)
-    logging.info(
-        "Of the changes the polynomial misses %.0f %%. Written: %s and %s",
-        100 * found.error, epath.Path(output) / calibration.FILE_NAME, figure,
-    )  # fmt: skip
     for row in found.thresholds:
-        logging.info(
-            "threshold %.3g: layers run in %.0f %% of the evaluations, picture off by %.4f",
-            row["threshold"], 100 * row["computed"], row["error"],
-        )  # fmt: skip
+        print(
+            f"threshold {row['threshold']:g}: the layers run in {row['computed']:.0%} of the "
+            f"evaluations, the picture is off by {row['error']:.4f} of 1"
+        )
+    print(f"The polynomial misses {found.error:.0%} of the changes. Written: {output}, {figure}")
 
 
 def read_prompts(path: str, prompts_file: str | None) -> list[str]:

@@ -8,6 +8,9 @@ al., arXiv 2411.19108). How far it has moved is read off what the first layer at
     expected = expected + max(0, polynomial(distance))       the change of the residual, about
     expected >= threshold, or told to:  run the layers, expected = 0;  otherwise reuse
 
+What is added again is the last residual, or the line through the last two, as far as the time has
+gone since: the first order of TaylorSeer (Liu et al., arXiv 2503.06923).
+
 Each branch of guidance and each picture of a batch has a state of its own and gets the numbers that
 it would get alone; the layers are really skipped where no picture of a call needs them.
 
@@ -29,19 +32,29 @@ class Policy(NamedTuple):
       forced: Evaluations in which they run whatever has moved.
       threshold: Expected change of the residual from which on they run.
       coefficients: From the distance to the change that it makes, the highest power first.
+      extrapolate: 1 follows the line through the last two residuals, 0 adds the last one.
     """
 
     forced: Bool[Array, " E"]
     threshold: Float[Array, ""]
     coefficients: Float[Array, " P"]
+    extrapolate: Float[Array, ""]
 
 
 class Cache(NamedTuple):
-    """The state of a branch between evaluations."""
+    """The state of a branch between evaluations.
+
+    Attributes:
+      expected: Change of the residual since it was computed.
+      first_input: Of the evaluation before.
+      residuals: The last one computed, and the one computed before it.
+      times: Of both.
+    """
 
     expected: Float[Array, " B"]
     first_input: Float[Array, "B T D"]
-    residual: Float[Array, "B T D"]
+    residuals: tuple[Float[Array, "B T D"], Float[Array, "B T D"]]
+    times: tuple[Float[Array, " B"], Float[Array, " B"]]
 
 
 class Record(NamedTuple):
@@ -60,8 +73,8 @@ class Record(NamedTuple):
 
 def empty(x: jax.ShapeDtypeStruct | Float[Array, "B T D"]) -> Cache:
     """For sequences like x; the first evaluation must be forced."""
-    zeros = jnp.zeros(x.shape, x.dtype)
-    return Cache(jnp.zeros(len(zeros)), zeros, zeros)
+    zeros, none = jnp.zeros(x.shape, x.dtype), jnp.zeros(x.shape[0])
+    return Cache(none, zeros, (zeros, zeros), (none, none))
 
 
 def reuse(
@@ -69,6 +82,7 @@ def reuse(
     x: Float[Array, "B T D"],
     first_input: Float[Array, "B T D"],
     segment_ids: Int[Array, "B T"],
+    t: Float[Array, ""],
     cache: Cache,
     policy: Policy,
 ) -> tuple[Float[Array, "B T D"], Cache, Record]:
@@ -79,6 +93,7 @@ def reuse(
       x: What enters them.
       first_input: What the first of them attends with.
       segment_ids: 1 at tokens, 0 at padding, which does not count.
+      t: Of this evaluation.
       cache: Of the evaluations before.
       policy: With `forced` of this evaluation.
     """
@@ -86,24 +101,38 @@ def reuse(
     # Beyond its range a fitted polynomial may fall below zero; nothing ever moves back.
     expected = cache.expected + jnp.maximum(jnp.polyval(policy.coefficients, distance), 0)
     computed = policy.forced | (expected >= policy.threshold)
-    mine = computed[:, None, None]
 
-    def run(x, residual):
-        after = layers()
+    last, before = cache.times
+    # Two residuals of one time, as at the joint of two intervals, have no line through them.
+    ahead = jnp.where(last > before, (t - last) / jnp.where(last > before, last - before, 1), 0)
+    ahead = (policy.extrapolate * ahead)[:, None, None]
+
+    def reused(x, residual, before):
+        follow = ahead * (residual.astype(jnp.float32) - before.astype(jnp.float32))
+        return x + residual + follow.astype(x.dtype)
+
+    def run(x, residual, before):
+        after, mine = layers(), computed[:, None, None]
         found = after - x
         change = _relative(found, residual, segment_ids)
         return (
             # Not x + (after - x), which is rounded once more.
-            jnp.where(mine, after, x + residual),
-            jnp.where(mine, found, residual),
+            jnp.where(mine, after, reused(x, residual, before)),
+            (jnp.where(mine, found, residual), jnp.where(mine, residual, before)),
             jnp.where(computed, change, 0),
         )
 
-    def skip(x, residual):
-        return x + residual, residual, jnp.zeros_like(distance)
+    def skip(x, residual, before):
+        return reused(x, residual, before), (residual, before), jnp.zeros_like(distance)
 
-    after, residual, change = jax.lax.cond(jnp.any(computed), run, skip, x, cache.residual)
-    cache = Cache(jnp.where(computed, 0, expected), first_input, residual)
+    after, residuals, change = jax.lax.cond(jnp.any(computed), run, skip, x, *cache.residuals)
+    # Before the first residual there was none, at the same time as it.
+    first = distance == 0
+    times = (
+        jnp.where(computed, t, last),
+        jnp.where(computed, jnp.where(first, t, last), before),
+    )
+    cache = Cache(jnp.where(computed, 0, expected), first_input, residuals, times)
     return after, cache, Record(computed, distance, change)
 
 

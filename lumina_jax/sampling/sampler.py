@@ -61,6 +61,7 @@ class SamplerConfig:
     - cache_interval: Run the layers in every n-th evaluation instead; 1 is off.
     - cache_coefficients: Of the polynomial from how far the input moved to how much the layers'
       work changed, the highest power first: `tools/calibrate_cache.py` fits it to a model.
+    - cache_order: 0 reuses the last work as it is, 1 follows the line through the last two.
     - merge_ratio: Of the image tokens, how many go with a similar one; 0 is off, 0.75 the most.
     - merge_layers: From where to where in the depth of the network, as fractions.
     - merge_steps: Likewise in the evaluations.
@@ -79,6 +80,7 @@ class SamplerConfig:
     cache_threshold: float = 0.0
     cache_interval: int = 1
     cache_coefficients: Sequence[float] = (1.0, 0.0)
+    cache_order: int = 1
     merge_ratio: float = 0.0
     merge_layers: Sequence[float] = (0.1, 0.9)
     merge_steps: Sequence[float] = (0.0, 1.0)
@@ -123,6 +125,8 @@ class SamplerConfig:
                 f"cache_threshold={self.cache_threshold} and cache_interval={self.cache_interval} "
                 f"are two ways to choose what is reused; give one"
             )
+        if self.cache_order not in (0, 1):
+            faults.append(f"cache_order={self.cache_order} is neither 0 nor 1")
         if not self.cache_coefficients:
             faults.append("cache_coefficients is empty; (1, 0) takes the distance itself")
         if not 0 <= self.merge_ratio <= 0.75:
@@ -188,6 +192,7 @@ class SamplerConfig:
                     forced=forced,
                     threshold=np.float32(self.cache_threshold or np.inf),
                     coefficients=np.asarray(self.cache_coefficients, np.float32),
+                    extrapolate=np.float32(self.cache_order),
                 )
                 if cached
                 else None,
@@ -386,7 +391,7 @@ def sample(
         else:
             first_input = stages.first_input(params, joined)
             after, cache, record = caching.reuse(
-                layers, joined.xs[0], first_input, joined.segment_ids[0], cache, policy
+                layers, joined.xs[0], first_input, joined.segment_ids[0], t, cache, policy
             )
         tokens = stages.predict(params, after, joined, branch.mask.shape[1])
         return unpatchify(tokens, patch_size, height, width), cache, record

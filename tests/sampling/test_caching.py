@@ -150,17 +150,49 @@ def test_reuse_is_what_teacache_does():
         previous = m
 
     cache, segments = caching.empty(jnp.asarray(xs[0])), jnp.ones((1, 4), jnp.int32)
-    policy = caching.Policy(None, jnp.float32(threshold), jnp.asarray(coefficients))
+    policy = caching.Policy(None, jnp.float32(threshold), jnp.asarray(coefficients), jnp.float32(0))
     found = []
     for index, now in enumerate(forced):
         x, cache, record = caching.reuse(
             lambda index=index: jnp.asarray(after[index]), jnp.asarray(xs[index]),
-            jnp.asarray(inputs[index]), segments, cache, policy._replace(forced=jnp.bool_(now)),
+            jnp.asarray(inputs[index]), segments, jnp.float32(index), cache,
+            policy._replace(forced=jnp.bool_(now)),
         )  # fmt: skip
         found.append((x, record.computed[0]))
     assert 3 < sum(computed) < 10
     assert [bool(run) for _, run in found] == computed
     np.testing.assert_allclose([x for x, _ in found], expected, atol=1e-5)
+
+
+def test_a_residual_that_grows_evenly_is_followed_without_an_error():
+    """At uneven times, two rows that compute at different ones; the first line needs two points."""
+    times = np.array([0.0, 0.1, 0.25, 0.3, 0.6, 0.61, 1.0], np.float32)
+    forced = np.array([[1, 1], [0, 1], [1, 0], [0, 0], [0, 1], [0, 0], [0, 0]], bool)
+    start, slope = jax.random.normal(jax.random.key(0), (2, 2, 4, 3))
+    cache, segments = caching.empty(start), jnp.ones((2, 4), jnp.int32)
+    policy = caching.Policy(None, jnp.float32(np.inf), jnp.array([1.0, 0.0]), jnp.float32(1))
+    for index, (t, now) in enumerate(zip(times, forced, strict=True)):
+        x = jax.random.normal(jax.random.key(index), (2, 4, 3))
+        residual = start + t * slope
+        found, cache, record = caching.reuse(
+            lambda x=x, residual=residual: x + residual, x, x, segments, jnp.float32(t), cache,
+            policy._replace(forced=jnp.asarray(now)),
+        )  # fmt: skip
+        np.testing.assert_array_equal(record.computed, now)
+        known = np.array([forced[: index + 1, row].sum() > 1 or now[row] for row in range(2)])
+        np.testing.assert_allclose(found[known], (x + residual)[known], atol=1e-5)
+    np.testing.assert_allclose(cache.times, [[0.25, 0.6], [0.0, 0.1]])
+
+
+def test_following_the_line_costs_less_of_the_picture_than_adding_the_last_residual():
+    expected, _ = draw({"num_steps": 33})
+    errors = [
+        np.abs(
+            draw({"num_steps": 33, "cache_interval": 2, "cache_order": order})[0] - expected
+        ).mean()
+        for order in (0, 1)
+    ]
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_reuse_costs_little_of_the_picture_and_more_with_a_higher_threshold():

@@ -190,6 +190,8 @@ def test_renorm_of_a_zero_velocity_is_zero(semantics):
         ({"time_shift": -1.0}, "time_shift=-1.0 must be positive"),
         ({"guidance_scale": 0.5}, "guidance_scale=0.5 must be at least 1"),
         ({"guidance_truncation": -1.0}, "must not be negative"),
+        ({"cache_order": 2}, "cache_order=2 is neither 0 nor 1"),
+        ({"cache_coefficients": ()}, "cache_coefficients is empty"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
