@@ -105,7 +105,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given many times.")
     flags.DEFINE_string("prompts_file", None, ".txt, a prompt a line; .jsonl, an object a line.")
     flags.DEFINE_string("again", None, "Draw this PNG again: all it says, but for other flags.")
-    flags.DEFINE_string("output", None, "Folder; <checkpoint>/samples by default.")
+    flags.DEFINE_string("output", None, "Folder; one in <checkpoint>/samples by default.")
     flags.DEFINE_bool("overwrite", False, "Draw anew what is there and differs.")
     flags.DEFINE_integer("batch_size", None, "Pictures drawn at a time, 16.", lower_bound=1)
     flags.DEFINE_integer("seed", None, "Of the first prompt, 0; one more for each after it.")
@@ -466,6 +466,13 @@ def output_folder(args: flags.FlagValues) -> epath.Path:
     return epath.Path(args.checkpoint) / ("again" if args.again else "samples")
 
 
+def folder_name(requests: Sequence[Request], metadata: Mapping[str, Any]) -> str:
+    """Of the pictures of a command: the same command finds them again, another has its own."""
+    content = json.dumps([requests, metadata], sort_keys=True, ensure_ascii=False)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    return f"{pictures.letters(requests[0].prompt)}_{digest}".lstrip("_")
+
+
 def read_start(
     paths: Mapping[str, str | None], again: Mapping[str, Any]
 ) -> tuple[dict[str, Image.Image], dict[str, str]]:
@@ -576,6 +583,8 @@ def main() -> None:
         "fingerprint": pipeline.fingerprint(),
         "version": __version__,
     }
+    if args.output is None and not again:
+        folder /= folder_name(requests, metadata)
     prefix = system_prompt or "empty"
     if again and args.batch_size is None:  # in its old row, so that even roundings are the same
         size, old_row = again["batch"]

@@ -443,3 +443,19 @@ def test_two_processes_draw_what_one_draws_and_refuse_together(run, tmp_path):
     for process in both("--num_steps=8"):
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 2, output
+
+
+def test_another_command_has_another_folder_by_itself_and_the_same_one_the_same():
+    request = sample.Request(0, "dog face!", "", 7, 32, 32)
+    metadata = {"sampling": {"num_steps": 5, "merge_steps": (0.0, 1.0)}, "fingerprint": "f"}
+    name = sample.folder_name([request], metadata)
+    assert re.fullmatch("dog_face_[0-9a-f]{8}", name)
+    assert sample.folder_name([request], dict(metadata)) == name
+    others = [
+        sample.folder_name([request._replace(seed=8)], metadata),
+        sample.folder_name([request, request._replace(index=1)], metadata),
+        sample.folder_name([request], metadata | {"fingerprint": "g"}),
+        sample.folder_name([request], metadata | {"strength": 0.5}),
+    ]
+    assert len({name, *others}) == 5
+    assert re.fullmatch("[0-9a-f]{8}", sample.folder_name([request._replace(prompt="?")], {}))

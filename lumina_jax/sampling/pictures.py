@@ -41,10 +41,14 @@ _DEFAULTS = {
 }
 
 
+def letters(prompt: str) -> str:
+    """The prompt in a name: letters of any script, no more than 40."""
+    return re.sub(r"\W+", "_", prompt).strip("_")[:40]
+
+
 def file_name(index: int, prompt: str) -> str:
-    """A name that sorts by index and tells the prompt: letters of any script, no more than 40."""
-    letters = re.sub(r"\W+", "_", prompt).strip("_")
-    return f"{index:04d}_{letters[:40]}.png"
+    """A name that sorts by index and tells the prompt."""
+    return f"{index:04d}_{letters(prompt)}.png"
 
 
 def panel_name(name: str, panel: str) -> str:

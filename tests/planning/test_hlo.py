@@ -439,6 +439,20 @@ def test_work_on_another_thread_of_the_device_counts():
     assert program.cycles == 100
 
 
+def test_a_branch_that_holds_a_loop_is_taken_as_often_as_said():
+    """The layers of a sampler, seven of them, in three of twelve evaluations."""
+    layers = loop("layers", f"{W}\n  {DOT}", end=7)
+    run = computation("run", X, ZERO, *run_loop("layers"), END)
+    skip = computation("skip", X, W, f"ROOT {DOT}")
+    chosen = "%work = bf16[4,8]{1,0} conditional(%i, %x, %x), branch_computations={%skip, %run}"
+    text = HEADER + layers + run + skip + loop("path", chosen, end=12)
+    text += entry(X, ZERO, *run_loop("path"), END)
+    assert hlo.analyze(text).cycles == 100 * 12 + 700 * 12
+    program = hlo.analyze(text, taken=0.25)
+    assert program.cycles == 100 * 12 + 700 * 3
+    assert program.dot_flops == 2 * 4 * 8 * 8 * (12 + 7 * 3)
+
+
 def test_both_branches_of_a_conditional_count():
     branch = "%{0} = bf16[4,8]{{1,0}} parameter(0)"
     program = hlo.analyze(

@@ -96,7 +96,7 @@ def test_a_local_folder_gives_the_sizes(mesh, tmp_path):
     assert (text.sequences, images.sequences) == ((16,), (64,))
     assert [x.shape for x in jax.tree.leaves(text.lowered.out_info)] == [(16, 16, 40)]
     drawn = programs.lower_sample(config, mesh, 8)
-    assert drawn.lowered.out_info.shape == (8, 32, 32, 3)
+    assert drawn.lowered.out_info[0].shape == (8, 32, 32, 3)
     assert drawn.num_images == 8
 
 
@@ -109,9 +109,31 @@ def test_the_sampler_asks_for_the_forwards_of_its_grid(mesh):
     config.sampling.guidance_truncation = 0.25
     short = programs.lower_sample(config, mesh, 8, text_slots=32)
     model = next_dit.NextDiTConfig.preset("tiny", cap_feat_dim=2304, in_channels=16)
-    saved = (whole.flops - short.flops) / next_dit.forward_flops(model, 256, 32) / 8
+    # The empty prompt has one slot.
+    saved = (whole.flops - short.flops) / next_dit.picture_flops(model, 256, 1) / 8
     assert saved == round(saved)
     assert 0 < saved < 8
+
+
+def test_a_sampler_that_skips_layers_asks_for_fewer_operations(mesh):
+    """Seven evaluations of twelve run them: every second one, and the last."""
+    config = stage1.get_config()
+    config.model.preset = "tiny"
+    config.sampling.num_steps = 13
+    whole = programs.lower_sample(config, mesh, 8, text_slots=32)
+    config.sampling.cache_interval = 2
+    skipping = programs.lower_sample(config, mesh, 8, text_slots=32)
+    model = next_dit.NextDiTConfig.preset("tiny", cap_feat_dim=2304, in_channels=16)
+    layers = sum(
+        next_dit.picture_flops(model, 256, slots)
+        - next_dit.picture_flops(model, 256, slots, skipped=True)
+        for slots in (32, 1)
+    )
+    assert whole.flops - skipping.flops == pytest.approx(8 * 5 * layers)
+    assert skipping.taken == pytest.approx(7 / 12)
+    config.sampling.update(cache_interval=1, cache_threshold=0.2)
+    with pytest.raises(InputError, match="which no plan can know"):
+        programs.lower_sample(config, mesh, 8)
 
 
 @pytest.mark.parametrize(
