@@ -140,8 +140,8 @@ def get_config() -> ConfigDict:
         0.0,
     )  # distance of input -> change; tools/calibrate_cache.py
     sampling.merge_ratio = 0.0  # share of image tokens that go with a similar one; 0.75 at most
-    sampling.merge_layers = (0.1, 0.9)  # in these layers, as fractions of the depth
-    sampling.merge_steps = (0.0, 1.0)  # and evaluations
+    sampling.merge_layers = (0.5, 0.75)  # in these layers, as fractions of the depth
+    sampling.merge_steps = (0.5, 1.0)  # and evaluations
     sampling.rope_scaling = "none"  # or time_aware, for pictures larger than those trained on
     sampling.rope_watershed = 0.3  # t from which on only slow rotations are stretched
     sampling.proportional_attention = False  # sharper where more tokens share it than in training

@@ -82,8 +82,8 @@ class SamplerConfig:
     cache_coefficients: Sequence[float] = (1.0, 0.0)
     cache_order: int = 1
     merge_ratio: float = 0.0
-    merge_layers: Sequence[float] = (0.1, 0.9)
-    merge_steps: Sequence[float] = (0.0, 1.0)
+    merge_layers: Sequence[float] = (0.5, 0.75)
+    merge_steps: Sequence[float] = (0.5, 1.0)
     rope_scaling: str = "none"
     rope_watershed: float = 0.3
     proportional_attention: bool = False
