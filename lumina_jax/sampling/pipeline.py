@@ -560,7 +560,7 @@ def _draw(
         begin = sampler.Start(latents[: len(images)].astype(jnp.float32), repaint)
 
     def watch(index, t, latents):
-        factor = max(1, autoencoder.downscale * max(latents.shape[1:3]) // PREVIEW_SIDE)
+        factor = -(-autoencoder.downscale * max(latents.shape[1:3]) // PREVIEW_SIDE)
         images = decode(pool_latents(latents, factor))
         images = sharding.constrain(jnp.round(images * 255).astype(jnp.uint8), (None,) * 4)
         jax.debug.callback(show, index, images)
