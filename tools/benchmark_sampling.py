@@ -688,19 +688,18 @@ def draw_sheet(
     title: str,
     path: pathlib.Path,
 ) -> None:
-    """A line of pictures for each row, the limit's above them."""
+    """The same pictures by each row, at most four; some rows side by side, the limit's first."""
     images, captions, notes = [], [], []
     found = {result["name"]: result for result in results}
-    columns = min(6, len(next(iter(pictures.values()))))
+    num = min(4, len(next(iter(pictures.values()))))
     for name, drawn in pictures.items():
-        images += list(drawn[:columns])
-        captions += [name] + [""] * (columns - 1)
-        psnr = found[name]["baseline"]["psnr"] if name in found else [0] * columns
-        notes += ["equal" if x is None else f"{x:.1f} dB" if x else "" for x in psnr[:columns]]
+        images += list(drawn[:num])
+        captions += [name] + [""] * (num - 1)
+        psnr = found[name]["baseline"]["psnr"][:num] if name in found else [0] * num
+        notes += ["equal" if x is None else f"{x:.1f} dB" if x else "" for x in psnr]
     save_contact_sheet(
-        path, images, captions, notes=notes, columns=columns, cell_size=112,
-        text_size=0.1,
-        title=f"{title}; PSNR to the baseline",
+        path, images, captions, notes=notes, columns=12 // num * num, cell_size=112,
+        text_size=0.1, title=f"{title}; PSNR to the baseline",
     )  # fmt: skip
 
 
