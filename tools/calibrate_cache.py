@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from lumina_jax import checkpoint, cli, executables, plots
+from lumina_jax import checkpoint, cli, executables, plots, sample
 from lumina_jax.errors import InputError
 from lumina_jax.progress import progress_bar
 from lumina_jax.sampling import calibration
@@ -72,10 +72,8 @@ def main() -> None:
 def read_prompts(path: str, prompts_file: str | None) -> list[str]:
     """Those of a file, or of the previews of a run."""
     if prompts_file is not None:
-        if not (file := epath.Path(prompts_file)).exists():
-            raise InputError(f"--prompts_file={prompts_file} does not exist. Give a text file.")
-        prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    elif checkpoint.is_run(path):
+        return [line["prompt"] for line in sample.read_prompts([], prompts_file)]
+    if checkpoint.is_run(path):
         config = checkpoint.load_meta(checkpoint.find(path))["config"]
         prompts = list(config.get("preview", {}).get("prompts", ()))
     else:
