@@ -173,7 +173,7 @@ class NextDiT(nnx.Module):
         times: tuple[Float[Array, " B"], ...],
         cap_feats: Float[Array, "B S F"],
         cap_mask: Bool[Array, "B S"],
-    ) -> tuple[Float[Array, "B N P"], ...]:
+    ) -> tuple[Float[Array, "B _ P"], ...]:
         """The velocity of each token of each picture, float32; at padding it means nothing.
 
         A caption may have several pictures, each with a time of its own: of high and of low
@@ -251,7 +251,7 @@ class NextDiT(nnx.Module):
 
     def attend(
         self, joined: "Joined", span: tuple[int, int] | None = None
-    ) -> tuple[Float[Array, "B T D"], ...]:
+    ) -> tuple[Float[Array, "B _ D"], ...]:
         """The sequences after the layers, or after those of `span`."""
         return scan_blocks(
             self.layers,
@@ -265,18 +265,18 @@ class NextDiT(nnx.Module):
 
     def predict(
         self,
-        xs: tuple[Float[Array, "B T D"], ...],
+        xs: tuple[Float[Array, "B _ D"], ...],
         conds: tuple[Float[Array, "B A"], ...],
         *,
         num_slots: int,
-    ) -> tuple[Float[Array, "B N P"], ...]:
+    ) -> tuple[Float[Array, "B _ P"], ...]:
         """The velocity that the sequences say, behind the `num_slots` slots of the caption."""
         return tuple(
             self.final_layer(x[:, num_slots:], cond).astype(jnp.float32)
             for x, cond in zip(xs, conds, strict=True)
         )
 
-    def first_input(self, joined: "Joined") -> tuple[Float[Array, "B T D"], ...]:
+    def first_input(self, joined: "Joined") -> tuple[Float[Array, "B _ D"], ...]:
         """What the first layer attends with: it tells how far the picture has moved."""
         norm = jax.tree.map(lambda scale: scale[0], self.layers.attention_norm1)
         return tuple(
@@ -296,8 +296,8 @@ class Joined(NamedTuple):
       conds: The embedded times.
     """
 
-    xs: tuple[Float[Array, "B T D"], ...]
-    segment_ids: tuple[Int[Array, "B T"], ...]
+    xs: tuple[Float[Array, "B _ D"], ...]
+    segment_ids: tuple[Int[Array, "B _"], ...]
     freqs: tuple[rope.Freqs, ...]
     modulations: tuple[Float[Array, "L B M"], ...]
     conds: tuple[Float[Array, "B A"], ...]
