@@ -117,6 +117,13 @@ def device_kind(mesh: Mesh) -> str:
     return mesh.devices.flat[0].device_kind
 
 
+def platform() -> str:
+    """Of the devices that a program is traced for, which need not be at hand."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _nearest_mesh(num_devices: int, replica: int, model: int) -> tuple[int, int, int]:
     """The layout with the asked `model` and `replica` sizes as far as they divide the devices."""
     model = math.gcd(num_devices, max(model, 1))

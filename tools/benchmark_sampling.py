@@ -3,6 +3,7 @@
     python tools/benchmark_sampling.py accelerations --checkpoint=runs/tiny --output=speed
     python tools/benchmark_sampling.py accelerations --size=small --rows=ladder --check
     python tools/benchmark_sampling.py diffusers --size=small --side=256 --num_steps=20 --rounds=5
+    python tools/benchmark_sampling.py diffusers --size=2b --side=1024 --num_steps=30  # on a GPU
 
 Programs take turns, so that whatever else the machine does meets all alike; who begins changes from
 round to round, and the first call of each, which compiles, is not counted. Without --checkpoint the
@@ -33,6 +34,8 @@ the second half of the evaluations. Columns:
 A second table places these numbers: how far from the baseline's pictures are those of other seeds
 and other prompts, and JPEGs of them. --output=FOLDER gets the tables, a plot of speed and quality,
 a contact sheet, and every single number in JSON, where null is the PSNR of equal pictures.
+
+--noquality compares no pictures, whose limits take longer than all the rest: for random weights.
 
 `diffusers` compares `diffusers.Lumina2Pipeline` with ours: one folder, the same noise, equal
 settings. Where JAX has a GPU both use it, in bfloat16, and torch needs CUDA too; --device=cpu
@@ -86,6 +89,8 @@ SIZES = {
     "tiny": dict(hidden_size=96, num_layers=4, heads=6, kv_heads=2, vae=(4, 8, 16, 16)),
     "small": dict(hidden_size=384, num_layers=8, heads=12, kv_heads=4, vae=(16, 16, 32, 32)),
     "medium": dict(hidden_size=768, num_layers=12, heads=24, kv_heads=8, vae=(32, 64, 128, 128)),
+    # All of the released sizes but the vocabulary.
+    "2b": dict(hidden_size=2304, num_layers=26, heads=24, kv_heads=8, vae=(128, 256, 512, 512)),
 }
 PROMPTS = (
     "A red fox in deep snow looks at the camera, late afternoon light, a birch forest behind it",
@@ -122,6 +127,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("rows", "all", ["all", "ladder"], "accelerations: what is measured.")
     flags.DEFINE_integer("num_pictures", 4, "accelerations: compared in quality.", lower_bound=1)
     flags.DEFINE_multi_string("prompt", [], "accelerations: many, of different things.")
+    flags.DEFINE_bool("quality", True, "accelerations: compare pictures, not only times.")
     flags.DEFINE_float("time_shift", None, "accelerations: the checkpoint's; the released 6.")
     flags.DEFINE_integer("dpm_steps", 20, "accelerations: of DPM in the ladder.", lower_bound=2)
     flags.DEFINE_float("cache_threshold", 0.1, "accelerations: of the adaptive cache.")
@@ -141,14 +147,15 @@ def main(command: str) -> int:
         path = args.checkpoint
         if path is None:
             path = stack.enter_context(tempfile.TemporaryDirectory())
-            save_pipeline(pathlib.Path(path), args.size)
+            save_pipeline(pathlib.Path(path), args.size, args.dtype or default_dtype())
         return COMMANDS[command](args, path)
 
 
 def accelerations(args: flags.FlagValues, path: str) -> int:
     """The first command; `path` has a run or a diffusers pipeline."""
     machine = describe_machine()
-    similarity.feature_distance(*np.zeros((2, 1, 16, 16, 3), np.uint8))  # or says what is missing
+    if args.quality:
+        similarity.feature_distance(*np.zeros((2, 1, 16, 16, 3), np.uint8))  # or what is missing
     pipeline, prompts = open_checkpoint(path, args.dtype, args.prompt)
     height, width = pipeline.size if args.checkpoint else (256, 256)
     if args.side:
@@ -180,14 +187,17 @@ def accelerations(args: flags.FlagValues, path: str) -> int:
         f"time shift {config.time_shift:g}"
     )
     print(title, flush=True)
-    results, yardsticks, pictures = measure_quality(bench, rows)
+    results, pictures = draw_all(bench, rows)
+    yardsticks, limit = {}, {}
+    if args.quality:
+        yardsticks, limit = measure_quality(bench, rows, results, pictures)
     measure_speed(bench, rows, results, args.rounds)
+    about = [f"{title}. {args.rounds} rounds; {bench.num_pictures} pictures.", markdown(results)]
+    if yardsticks:
+        about += ["Distance from the baseline's pictures of:", yardstick_table(yardsticks)]
     text = "\n\n".join(
         [
-            f"{title}. {args.rounds} rounds; quality of {bench.num_pictures} pictures.",
-            markdown(results),
-            "Distance from the baseline's pictures of:",
-            yardstick_table(yardsticks),
+            *about,
             f"{machine['processor']}, {machine['device']}, {machine['cores']} cores, load before "
             f"{machine['load_before']:.1f}; "
             + ", ".join(f"{k} {v}" for k, v in versions().items()),
@@ -203,8 +213,9 @@ def accelerations(args: flags.FlagValues, path: str) -> int:
             seeds=bench.seeds, batch_size=args.batch_size, height=height, width=width,
             baseline=dataclasses.asdict(config), rows=results, yardsticks=yardsticks,
         )  # fmt: skip
-        plot(results, yardsticks, title, folder / "accelerations.png")
-        draw_sheet(results, pictures, title, folder / "pictures.png")
+        if yardsticks:
+            plot(results, yardsticks, title, folder / "accelerations.png")
+        draw_sheet(results, limit | pictures, title, folder / "pictures.png")
     return int(args.check and bool(shortfalls))
 
 
@@ -251,6 +262,9 @@ def make_rows(
         changes = changes | added
         rows.append(Row(name, changes, above, needed, ladder=True))
         above = name
+    # Of random weights an adaptive cache reuses nearly all; this one is the same for all weights.
+    by_interval = {**guidance, **dpm, "cache_interval": 2}
+    rows.append(Row("+ cache, one in 2 instead", by_interval, over=rows[2].name, needed=1.2))
     if which == "ladder":
         return rows
     others = [
@@ -272,10 +286,8 @@ def make_rows(
         *((f"merging {ratio:g}", dict(merge_ratio=ratio)) for ratio in (0.25, 0.5)),
         *((f"late merging {r:g}", dict(merge_ratio=r, **late)) for r in (0.25, 0.5)),
     ]
-    by_interval = {**guidance, **dpm, "cache_interval": 2}
     return [
         *rows,
-        Row("+ cache, one in 2 instead", by_interval, over=rows[2].name),
         *(Row(name, changes, over=rows[0].name) for name, changes in others),
         Row("captions in all slots", {}, over=rows[0].name, all_slots=True),
     ]
@@ -398,12 +410,40 @@ class Pictures:
         }
 
 
-def measure_quality(bench: Bench, rows: Sequence[Row]):
-    """Draws and compares; compiles all programs that are timed later.
+def draw_all(
+    bench: Bench, rows: Sequence[Row]
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Draws with every setting, which compiles all programs that are timed later.
 
     Returns:
-      For each row its entry in JSON, so far without times; how far other pictures are from the
-      baseline's, by what they are; and the pictures by row, after those of the limit.
+      For each row its entry in JSON, so far without times and quality; the pictures by row.
+    """
+    results, pictures = [], {}
+    for row in rows:
+        drawn = bench.draw(row.changes, all_slots=row.all_slots)
+        results.append(
+            {
+                **dataclasses.asdict(row),
+                "evaluations": bench.path(row.changes).num_evaluations,
+                "passes": drawn.passes,
+                "first_call_seconds": drawn.first_call_seconds,
+            }
+        )
+        pictures[row.name] = drawn.images
+        print(f"{row.name}: drawn, first call {drawn.first_call_seconds:.1f} s", flush=True)
+    return results, pictures
+
+
+def measure_quality(
+    bench: Bench,
+    rows: Sequence[Row],
+    results: Sequence[dict[str, Any]],
+    images: Mapping[str, np.ndarray],
+):
+    """Adds to the results how far pictures are from the baseline's and from those of the limits.
+
+    Returns:
+      How far other pictures are from the baseline's, by what they are; and those of the limit.
     """
     finer = (BASELINE["num_steps"] - 1) * 4 + 1
 
@@ -412,26 +452,13 @@ def measure_quality(bench: Bench, rows: Sequence[Row]):
         changes = dict(guidance_truncation=truncation, guidance_renorm=renorm)
         return Pictures(bench.draw({**changes, "num_steps": finer}).images)
 
-    results, shown = [], {f"limit: midpoint, {finer} points": limit(1.0, 0.0).images}
-    baseline = None
-    for row in rows:
-        drawn = bench.draw(row.changes, all_slots=row.all_slots)
-        pictures = Pictures(drawn.images)
-        baseline = baseline or pictures
+    baseline = Pictures(images[rows[0].name])
+    for row, result in zip(rows, results, strict=True):
         settings = {**BASELINE, **row.changes}
         own = limit(settings["guidance_truncation"], settings["guidance_renorm"])
+        pictures = Pictures(images[row.name])
         references = {"baseline": baseline, "limit": limit(1.0, 0.0), "own": own}
-        results.append(
-            {
-                **dataclasses.asdict(row),
-                "evaluations": bench.path(row.changes).num_evaluations,
-                "passes": drawn.passes,
-                "first_call_seconds": drawn.first_call_seconds,
-                **{name: pictures.likeness(other) for name, other in references.items()},
-            }
-        )
-        shown[row.name] = drawn.images
-        print(f"{row.name}: drawn, first call {drawn.first_call_seconds:.1f} s", flush=True)
+        result |= {name: pictures.likeness(other) for name, other in references.items()}
     others = {
         "the limit": limit(1.0, 0.0),
         "the limit with truncation 0.25, renorm 1": limit(0.25, 1.0),
@@ -442,7 +469,7 @@ def measure_quality(bench: Bench, rows: Sequence[Row]):
     if len(set(bench.prompts)) > 1:
         others["another prompt, the same noise"] = Pictures(bench.draw({}, prompt_offset=1).images)
     yardsticks = {name: pictures.likeness(baseline) for name, pictures in others.items()}
-    return results, yardsticks, shown
+    return yardsticks, {f"limit: midpoint, {finer} points": limit(1.0, 0.0).images}
 
 
 def measure_speed(
@@ -499,8 +526,9 @@ def check_ladder(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """One row for each setting."""
     heads = ["setting", "evaluations", "passes", "seconds", "speed-up", "step"]
-    for name in COMPARISONS.values():
-        heads += [f"{name}: PSNR", "SSIM", "features"]
+    compared = [name for name in COMPARISONS if name in results[0]]
+    for name in compared:
+        heads += [f"{COMPARISONS[name]}: PSNR", "SSIM", "features"]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for result in results:
         seconds = result["seconds"]
@@ -512,7 +540,7 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
             f"{statistics.median(result['speed_ups']):.2f}",
             f"{statistics.median(result['steps']):.2f}" if result["over"] else "",
         ]
-        for name in COMPARISONS:
+        for name in compared:
             cells += likeness_cells(result[name])
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -695,7 +723,7 @@ def draw_sheet(
     for name, drawn in pictures.items():
         images += list(drawn[:num])
         captions += [name] + [""] * (num - 1)
-        psnr = found[name]["baseline"]["psnr"][:num] if name in found else [0] * num
+        psnr = found.get(name, {}).get("baseline", {"psnr": [0] * num})["psnr"][:num]
         notes += ["equal" if x is None else f"{x:.1f} dB" if x else "" for x in psnr]
     save_contact_sheet(
         path, images, captions, notes=notes, columns=12 // num * num, cell_size=112,
@@ -754,7 +782,8 @@ def compare_with_diffusers(args: flags.FlagValues, path: str) -> int:
     dtype, device = args.dtype or default_dtype(), torch_device(torch, args.device)
     if device == "cuda":  # as JAX does there with float32
         torch.set_float32_matmul_precision("high")
-    theirs = diffusers.Lumina2Pipeline.from_pretrained(path).to(device, getattr(torch, dtype))
+    theirs = diffusers.Lumina2Pipeline.from_pretrained(path, torch_dtype=getattr(torch, dtype))
+    theirs.to(device)
     theirs.set_progress_bar_config(disable=True)
     ours = Pipeline.from_diffusers(path, dtype=dtype)
     num, side = args.batch_size, args.side or 256
@@ -805,7 +834,7 @@ def compare_with_diffusers(args: flags.FlagValues, path: str) -> int:
     needed = NEEDED_OF_DIFFUSERS["gpu" if device == "cuda" else "cpu"]
     print(
         f"{args.checkpoint or args.size}, {side} px, batch {num}, {args.num_steps} steps, guidance "
-        f"{scale:g} in {args.guidance_truncation:g} of them, {dtype} on "
+        f"{scale:g} in {args.guidance_truncation:.0%} of them, {dtype} on "
         f"{jax.devices()[0].device_kind}: median ratio {median:.2f}, "
         f"{'at least' if median >= needed else 'LESS THAN'} {needed}"
     )
@@ -840,50 +869,55 @@ def torch_device(torch, wanted: str) -> str:
     return "cpu" if platform == "cpu" else "cuda"
 
 
-def save_pipeline(folder: pathlib.Path, size: str) -> None:
-    """Writes a random pipeline of the released architecture, fewer and narrower layers."""
+def save_pipeline(folder: pathlib.Path, size: str, dtype: str) -> None:
+    """Writes a random pipeline of the released architecture, most with fewer, narrower layers."""
     import diffusers
     import torch
     import transformers
 
     sizes, width = SIZES[size], SIZES[size]["hidden_size"]
     third = width // sizes["heads"] // 3 // 2 * 2
-    torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    diffusers.Lumina2Pipeline(
-        transformer=diffusers.Lumina2Transformer2DModel(
-            sample_size=32,
-            hidden_size=width,
-            num_layers=sizes["num_layers"],
-            num_attention_heads=sizes["heads"],
-            num_kv_heads=sizes["kv_heads"],
-            axes_dim_rope=(width // sizes["heads"] - 2 * third, third, third),
-            cap_feat_dim=width,
-        ),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=sizes["vae"],
-            layers_per_block=2,
-            latent_channels=16,
-            norm_num_groups=4,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
-        text_encoder=transformers.Gemma2Model(
-            transformers.Gemma2Config(
-                vocab_size=len(tokenizer),
+    torch.manual_seed(0)
+    # Two billion numbers are drawn in a minute on a processor, in a blink on a GPU.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        parts = dict(
+            transformer=diffusers.Lumina2Transformer2DModel(
+                sample_size=32,
                 hidden_size=width,
-                intermediate_size=4 * width,
-                num_hidden_layers=sizes["num_layers"],
-                num_attention_heads=8,
-                num_key_value_heads=4,
-                head_dim=width // 8,
-            )
-        ),
+                num_layers=sizes["num_layers"],
+                num_attention_heads=sizes["heads"],
+                num_kv_heads=sizes["kv_heads"],
+                axes_dim_rope=(width // sizes["heads"] - 2 * third, third, third),
+                cap_feat_dim=width,
+            ),
+            vae=diffusers.AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=sizes["vae"],
+                layers_per_block=2,
+                latent_channels=16,
+                norm_num_groups=min(32, sizes["vae"][0]),
+                scaling_factor=0.3611,
+                shift_factor=0.1159,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            text_encoder=transformers.Gemma2Model(
+                transformers.Gemma2Config(
+                    vocab_size=len(tokenizer),
+                    hidden_size=width,
+                    intermediate_size=4 * width,
+                    num_hidden_layers=sizes["num_layers"],
+                    num_attention_heads=8,
+                    num_key_value_heads=4,
+                    head_dim=min(width // 8, 256),
+                )
+            ),
+        )
+    diffusers.Lumina2Pipeline(
+        **{name: part.to(getattr(torch, dtype)) for name, part in parts.items()},
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
         tokenizer=tokenizer,
     ).save_pretrained(folder)
 

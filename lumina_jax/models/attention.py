@@ -9,6 +9,7 @@ Axes: B batch, T tokens, D model width, H query heads, K key and value heads, d 
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from lumina_jax import sharding
 from lumina_jax.errors import InputError
@@ -48,7 +49,8 @@ def attention(
       q: Queries.
       k: Keys.
       v: Values.
-      segment_ids: 1 at tokens, 0 at padding.
+      segment_ids: 1 at tokens, 0 at padding; for cudnn, which knows lengths alone, padding comes
+        last (`tokens_first`).
       implementation: What `choose` says.
     """
     return _FUNCTIONS[implementation](q, k, v, segment_ids)
@@ -56,7 +58,7 @@ def attention(
 
 def choose(implementation: str, dtype, head_dim: int) -> str:
     """The implementation that runs; one that cannot run here is an InputError that says why."""
-    platform = _platform()
+    platform = sharding.platform()
     if implementation == "auto":
         chosen = "xla"
         if platform == "tpu":
@@ -83,15 +85,8 @@ def choose(implementation: str, dtype, head_dim: int) -> str:
     return implementation
 
 
-def _platform() -> str:
-    """Of the devices that the program is compiled for, which need not be at hand."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def _xla(q, k, v, segment_ids):
-    if _platform() == "cpu":
+    if sharding.platform() == "cpu":
         return _in_blocks(q, k, v, segment_ids)
     mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     # jax.nn wants heads behind tokens; XLA folds these transposes into its matrix products.
@@ -138,26 +133,47 @@ def _in_blocks(q, k, v, segment_ids):
 
 
 def _cudnn(q, k, v, segment_ids):
-    """Tokens go before padding: lengths are all the mask cuDNN takes without a [T, T] array."""
-    order = jnp.argsort(1 - segment_ids, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)
+    """For tokens that lie before padding: lengths are all the mask it takes without a [T, T] array.
+
+    Its gradient wants even lengths.
+    """
+    num_tokens = q.shape[2]
     lengths = jnp.sum(segment_ids, axis=1, dtype=jnp.int32)
-    q, k, v = (jnp.swapaxes(_permute(x, order, back), 1, 2) for x in (q, k, v))
+    fill = ((0, 0), (0, num_tokens % 2), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), fill) for x in (q, k, v))
     out = jax.nn.dot_product_attention(
         q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
-    return _permute(jnp.swapaxes(out, 1, 2), back, order)
+    return jnp.swapaxes(out[:, :num_tokens], 1, 2)
+
+
+class Order(NamedTuple):
+    """Tokens in another order: `x[order]`, and `x[order][back]` is x again."""
+
+    order: Int[Array, "B T"]
+    back: Int[Array, "B T"]
+
+    @property
+    def reverse(self) -> "Order":
+        return Order(self.back, self.order)
+
+
+def tokens_first(segment_ids: Int[Array, "B T"]) -> Order:
+    """Puts padding behind the tokens."""
+    order = jnp.argsort(1 - segment_ids, axis=1, stable=True)
+    return Order(order, jnp.argsort(order, axis=1))
 
 
 @jax.custom_vjp
-def _permute(x, order, back):
-    """Tokens of [B, H, T, d] in another order; the gradient is read in the order `back`."""
-    return jnp.take_along_axis(x, order[:, None, :, None], axis=2)
+def reorder(order: Order, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
+    """The same tokens in that order; its gradient is read too, not scattered."""
+    index = order.order.reshape(order.order.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
 
 
-_permute.defvjp(
-    lambda x, order, back: (_permute(x, order, back), (order, back)),
-    lambda orders, gradient: (_permute(gradient, orders[1], orders[0]), None, None),
+reorder.defvjp(
+    lambda order, x: (reorder(order, x), order),
+    lambda order, gradient: (None, reorder(order.reverse, gradient)),
 )
 
 

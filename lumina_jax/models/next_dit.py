@@ -10,6 +10,7 @@ F text features, A width of the condition, L layers, M numbers that modulate a l
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lumina_jax import sharding
 from lumina_jax.errors import InputError
 from lumina_jax.models import quantized, rope
-from lumina_jax.models.attention import IMPLEMENTATIONS
+from lumina_jax.models.attention import IMPLEMENTATIONS, choose, reorder, tokens_first
 from lumina_jax.models.blocks import FinalLayer, TransformerBlock, modulate
 from lumina_jax.models.embed import CaptionEmbedder, TimestepEmbedder
 from lumina_jax.models.merging import find_groups, merge, restore, take
@@ -253,15 +254,23 @@ class NextDiT(nnx.Module):
         self, joined: "Joined", span: tuple[int, int] | None = None
     ) -> tuple[Float[Array, "B _ D"], ...]:
         """The sequences after the layers, or after those of `span`."""
-        return scan_blocks(
+        cfg, xs = self.cfg, joined.xs
+        args = tuple(zip(joined.segment_ids, joined.freqs, strict=True))
+        # Caption and picture each end in padding; cuDNN wants it behind both.
+        implementation = choose(cfg.attention, jnp.dtype(cfg.dtype), cfg.head_dim)
+        orders = [tokens_first(ids) for ids in joined.segment_ids if implementation == "cudnn"]
+        if orders:
+            xs, args = _reorder(orders, xs), _reorder(orders, args)
+        xs = scan_blocks(
             self.layers,
-            joined.xs,
-            tuple(zip(joined.segment_ids, joined.freqs, strict=True)),
+            xs,
+            args,
             joined.modulations,
-            remat=self.cfg.remat,
-            dtype=self.cfg.dtype,
+            remat=cfg.remat,
+            dtype=cfg.dtype,
             span=span,
         )
+        return _reorder([order.reverse for order in orders], xs) if orders else xs
 
     def predict(
         self,
@@ -283,6 +292,14 @@ class NextDiT(nnx.Module):
             norm(x) * (1 + modulation[0, :, None, : x.shape[-1]])
             for x, modulation in zip(joined.xs, joined.modulations, strict=True)
         )
+
+
+def _reorder(orders, pictures):
+    """Of each picture its arrays [B, T, ...] in its order."""
+    return tuple(
+        jax.tree.map(functools.partial(reorder, order), tree)
+        for order, tree in zip(orders, pictures, strict=True)
+    )
 
 
 class Joined(NamedTuple):

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from lumina_jax import sharding
+
 
 class Freqs(NamedTuple):
     """Cosine and sine of each token's angles, every angle twice: once for each half of a pair."""
@@ -87,14 +89,17 @@ def _rates(dim: int, theta: float) -> np.ndarray:
 
 def rotate(x: Float[Array, "B H T d"], freqs: Freqs) -> Float[Array, "B H T d"]:
     """Turns each pair (a, b) into (a cos - b sin, b cos + a sin), in float32."""
-    # The partner (-b, a) is a product with a signed permutation: exact, and on a TPU far cheaper
-    # than slicing out every other lane.
-    partner = jnp.einsum(
-        "bhtd,de->bhte",
-        x,
-        _partners(x.shape[-1]).astype(x.dtype),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    if sharding.platform() == "tpu":
+        # A product with a signed permutation: exact, and far cheaper there than slicing out every
+        # other lane.
+        partner = jnp.einsum(
+            "bhtd,de->bhte",
+            x,
+            _partners(x.shape[-1]).astype(x.dtype),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+    else:
+        partner = jnp.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
     cos, sin = freqs.cos[:, None], freqs.sin[:, None]
     turned = x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin
     return turned.astype(x.dtype)

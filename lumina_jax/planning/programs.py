@@ -63,7 +63,7 @@ def lower_train(
     config: ConfigDict, mesh: jax.sharding.Mesh, text_slots: int | None = None
 ) -> Lowered:
     """The step of training; `text_slots` of a caption, all that the encoder gives by default."""
-    text_encoder, autoencoder = _encoders(config)
+    text_encoder, autoencoder = encoders(config)
     model = train.model_config(config, text_encoder, autoencoder)
     train.check_batch_size(config, mesh)
     slots = num_tokens(config.data.resolution, autoencoder.downscale * model.patch_size)
@@ -115,7 +115,7 @@ def lower_sample(
     config: ConfigDict, mesh: jax.sharding.Mesh, num_images: int, text_slots: int | None = None
 ) -> Lowered:
     """The sampler of `num_images` pictures, with captions and decoder, all in bfloat16."""
-    text_encoder, autoencoder = _encoders(config)
+    text_encoder, autoencoder = encoders(config)
     _with_weights(text_encoder, autoencoder)
     model = train.model_config(config, text_encoder, autoencoder)
     text_slots = text_slots or text_encoder.max_tokens
@@ -183,7 +183,7 @@ def lower_sample(
 
 def lower_encode(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[Lowered]:
     """The frozen programs of a training batch: text, and pictures of the square bucket."""
-    text_encoder, autoencoder = _encoders(config)
+    text_encoder, autoencoder = encoders(config)
     _with_weights(text_encoder, autoencoder)
     model = train.model_config(config, text_encoder, autoencoder)
     train.check_batch_size(config, mesh)
@@ -232,7 +232,8 @@ def lower_encode(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[Lowered]:
     ]
 
 
-def _encoders(config: ConfigDict) -> tuple[TextEncoder, Autoencoder]:
+def encoders(config: ConfigDict) -> tuple[TextEncoder, Autoencoder]:
+    """Those that a config names, without weights."""
     text, image = config.text_encoder.to_dict(), config.autoencoder.to_dict()
     if text["kind"] == "gemma2" and _is_released("text_encoder", text["path"]):
         del text["kind"], text["path"]

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lumina_jax import sharding
 from lumina_jax.errors import InputError
-from lumina_jax.models import embed, next_dit, rope
+from lumina_jax.models import attention, embed, next_dit, rope
 from lumina_jax.models.blocks import TransformerBlock, modulate, modulation
 from lumina_jax.models.next_dit import NextDiTConfig
 from lumina_jax.models.stack import stack_blocks
@@ -151,6 +151,31 @@ def test_padding_the_picture_does_not_change_the_velocity(forward, params):
     expected = forward(params, *inputs())
     padded = forward(params, *inputs(image_slots=40))
     np.testing.assert_allclose(padded[:, :24], expected, atol=2e-5)
+
+
+def test_a_kernel_that_knows_lengths_alone_gives_the_same(params, monkeypatch):
+    """As cuDNN: before the layers, padding of caption and of picture goes behind both."""
+
+    def lengths_alone(q, k, v, segment_ids):
+        prefix = jnp.arange(q.shape[2])[None] < segment_ids.sum(axis=1)[:, None]
+        return attention._xla(q, k, v, prefix.astype(jnp.int32))
+
+    image, t, feats, mask = inputs(slots=16, image_slots=32)
+    forward = next_dit.make_forward(TOY)
+
+    def loss(params):
+        velocity = forward(params, image, t, feats, mask)
+        return jnp.mean(velocity**2, where=image.mask[..., None]), velocity
+
+    results = []
+    for name in ("xla", "cudnn"):
+        monkeypatch.setitem(attention._FUNCTIONS, "cudnn", lengths_alone)
+        for module in (attention, next_dit):
+            monkeypatch.setattr(module, "choose", lambda *_, name=name: name)
+        # A function of its own: jit would remember the first.
+        gradient, velocity = jax.jit(jax.grad(lambda p: loss(p), has_aux=True))(params)
+        results.append((gradient, jnp.where(image.mask[..., None], velocity, 0)))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), *results)
 
 
 def test_neighbours_of_other_shapes_do_not_change_the_velocity(forward, params):
