@@ -31,7 +31,6 @@ from lumina_jax.errors import InputError
 from lumina_jax.sampling import pictures
 from lumina_jax.sampling.pipeline import Pipeline
 from lumina_jax.sampling.sampler import SamplerConfig
-from lumina_jax.version import __version__
 
 MAX_PICTURES = 8  # of a drawing: fewer than lumina_jax.sample draws in one batch
 MAX_WAITING = 20
@@ -367,13 +366,16 @@ class Studio:
             "negative_prompt": order.negative_prompt,
             "height": order.height,
             "width": order.width,
-            "system_prompt": system_prompts.prefixed("", order.system_prompt),
-            "sampling": dataclasses.asdict(self.pipeline.settings(**order.settings)),
-            **{k: hashlib.sha256(path.read_bytes()).hexdigest() for k, path in start.items()},
-            **({} if order.strength is None else {"strength": order.strength}),
-            "checkpoint": self._weights,
-            "fingerprint": self._fingerprint,
-            "version": __version__,
+            **pictures.shared_metadata(
+                self.pipeline.settings(**order.settings),
+                system_prompt=system_prompts.prefixed("", order.system_prompt),
+                start={
+                    k: hashlib.sha256(file.read_bytes()).hexdigest() for k, file in start.items()
+                },
+                strength=order.strength,
+                checkpoint=self._weights,
+                fingerprint=self._fingerprint,
+            ),
         }
         files, captions = [], []
         for row, picture in enumerate(drawn):

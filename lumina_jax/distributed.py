@@ -8,9 +8,12 @@ the roll is called.
 import importlib.util
 import os
 import re
+from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from absl import flags, logging
+from jax.experimental import multihost_utils
 
 from lumina_jax.errors import InputError, JoinError
 from lumina_jax.roll_call import Place, call_the_roll
@@ -180,3 +183,17 @@ def _tpu_hosts(num_processes: int) -> tuple[str, ...]:
         workers = (f"slice {number}, worker {worker}" for worker in range(len(own)))
         hosts += own if mine else workers
     return tuple(hosts)
+
+
+def told_by_first(find: Callable[[], Sequence[int]], num: int) -> list[int]:
+    """What process 0 finds, `num` numbers, on every process; an InputError there stops all."""
+    numbers, fault = np.zeros(num + 1, np.int64), None
+    if jax.process_index() == 0:
+        try:
+            numbers[:num] = find()
+        except InputError as error:
+            numbers[num], fault = 1, error
+    *found, failed = multihost_utils.broadcast_one_to_all(numbers).tolist()
+    if failed:
+        raise fault or InputError("Process 0 cannot go on; its last message says why.")
+    return found

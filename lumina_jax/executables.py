@@ -106,6 +106,8 @@ class Program:
         name: str,
         settings: Callable[[], Any],
         returns: tuple[type, ...] = (),
+        calls_host: bool = False,
+        most: int | None = None,
         **jit,
     ):
         """Wraps a function; nothing is traced yet.
@@ -115,18 +117,23 @@ class Program:
           name: Of the program, in profiles and files.
           settings: Gives, for JSON, what the function closes over; asked for before a trace.
           returns: Named tuples that it returns and does not take.
+          calls_host: It calls Python, which no file can keep: it is traced in each process.
+          most: How many programs stay in memory, those called last; None keeps all.
           **jit: Of `jax.jit`: `donate_argnums`, `out_shardings`.
         """
         self._function, self._name, self._settings, self._jit = function, name, settings, jit
+        self._calls_host, self._most = calls_host, most
         for kind in returns:
             _register(kind)
         self.programs: dict[Any, Callable] = {}  # by shapes and static arguments
 
     def __call__(self, *args, **static):
         key = (*map(jax.typeof, jax.tree.leaves(args)), *sorted(static.items()))
-        if key not in self.programs:
-            self.programs[key] = self._prepare(args, static)
-        return self.programs[key](*args)
+        program = self.programs.pop(key, None) or self._prepare(args, static)
+        self.programs[key] = program  # the last of them
+        if self._most is not None and len(self.programs) > self._most:
+            del self.programs[next(iter(self.programs))]
+        return program(*args)
 
     def lower(self, *args, **static) -> jax.stages.Lowered:
         """Traced for these shapes and shardings, to be compiled by the caller."""
@@ -139,7 +146,7 @@ class Program:
 
     def _prepare(self, args, static):
         jitted = self._jitted(static)
-        if not jax.config.jax_compilation_cache_dir:
+        if self._calls_host or not jax.config.jax_compilation_cache_dir:
             return jitted
         _register_all(args)
         key = hashlib.sha256(self._description(args, static).encode()).hexdigest()

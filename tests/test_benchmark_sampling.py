@@ -44,6 +44,16 @@ class StandIn:
     def path(self, height, width, config):
         return config.path(height * width // 256, 26)
 
+    system_prompt = "empty"
+
+    def caption_slots(self, prompts, negatives, system_prompt, semantics):
+        assert set(negatives) == {""}
+        return [(len(prompt), 1) for prompt in prompts]
+
+    def flops(self, height, width, config, *, slots, trace):
+        """Ten for each evaluation, and one for each slot of a caption."""
+        return 10 * self.path(height, width, config).num_evaluations + slots[0]
+
     def __call__(self, prompts, *, seed, height, width, output, trace, **settings):
         assert output == "uint8"
         assert trace
@@ -202,7 +212,8 @@ def test_table_plot_and_sheet_show_every_row(measured, tmp_path):
     table = benchmark_sampling.markdown(results).splitlines()
     assert len(table) == 2 + len(results)
     assert len({line.count("|") for line in table}) == 1
-    assert "| 34 | 57 |" in table[3]
+    assert "| 34 | 57 | 1.000 |" in table[3]
+    assert "| 20 | 34 | 0.591 |" in table[4]  # 202.5 of 342.5: captions of two and three slots
     benchmark_sampling.plot(results, yardsticks, "title", tmp_path / "plot.png")
     benchmark_sampling.draw_sheet(results, shown, "title", tmp_path / "sheet.png")
     for name in ("plot.png", "sheet.png"):
@@ -215,7 +226,7 @@ def test_without_quality_the_table_has_times_alone():
     results, images = benchmark_sampling.draw_all(made, rows)
     benchmark_sampling.measure_speed(made, rows, results, rounds=1)
     heads = benchmark_sampling.markdown(results).splitlines()[0]
-    assert heads == "| setting | evaluations | passes | seconds | speed-up | step |"
+    assert heads == "| setting | evaluations | passes | FLOPs | seconds | speed-up | step |"
     assert list(images) == [row.name for row in rows]
 
 

@@ -208,3 +208,29 @@ def test_a_command_without_a_cache_says_so():
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     output = subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, env=environment)
     assert "No cache of programs: set JAX_COMPILATION_CACHE_DIR" in output.decode()
+
+
+def test_the_programs_called_last_stay_in_memory():
+    traces = []
+
+    def add(x, *, number):
+        traces.append(number)
+        return x + number
+
+    program = Program(add, name="add", settings=dict, most=2)
+    for number in (1, 2, 1, 3, 1, 2):
+        assert program(jnp.ones(3), number=number)[0] == 1 + number
+    assert traces == [1, 2, 3, 2]
+
+
+def test_a_program_that_calls_python_is_not_written(cache, warnings):
+    seen = []
+
+    def tell(x):
+        jax.debug.callback(seen.append, x)
+        return x + 1
+
+    program = Program(tell, name="tell", settings=dict, calls_host=True)
+    assert program(jnp.zeros(())) == 1
+    jax.effects_barrier()
+    assert (seen, warnings, cache.exists()) == ([0], [], False)

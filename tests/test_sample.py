@@ -15,21 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumina_jax import checkpoint, sample
+from lumina_jax import checkpoint
 from lumina_jax.errors import InputError
 from lumina_jax.models.next_dit import NextDiTConfig, init_params
-from lumina_jax.sample import (
-    Request,
-    check_sizes,
-    draw_into,
-    make_requests,
-    plan,
-    read_numbers,
-    read_prompts,
-    read_start,
-    read_system_prompt,
-)
-from lumina_jax.sampling import pictures
+from lumina_jax.sample import check_sizes, read_numbers, read_start, read_system_prompt
+from lumina_jax.sampling import drawing, pictures
+from lumina_jax.sampling.drawing import draw_into
+from lumina_jax.sampling.requests import Request, make_requests, plan, read_prompts
 from lumina_jax.system_prompts import SYSTEM_PROMPTS, dual_panel
 from tests.sampling.test_pictures import quick_pipeline
 
@@ -227,7 +219,7 @@ def test_only_what_is_missing_is_drawn_and_written():
         written.append((number, image.getpixel((0, 0))[0], batch))
 
     batches = [[0, 1], [2, 3], [4, None]]
-    sample.draw(pipeline, requests, batches, [1, 1, 1, 0, 0], write=write)
+    drawing.draw(pipeline, requests, batches, [1, 1, 1, 0, 0], write=write)
     assert calls == [(["c", "d"], [12, 13]), (["e", "e"], [14, 14])]
     assert written == [(3, 13, (2, 1)), (4, 14, (2, 0))]
 
@@ -446,16 +438,16 @@ def test_two_processes_draw_what_one_draws_and_refuse_together(run, tmp_path):
 
 
 def test_another_command_has_another_folder_by_itself_and_the_same_one_the_same():
-    request = sample.Request(0, "dog face!", "", 7, 32, 32)
+    request = Request(0, "dog face!", "", 7, 32, 32)
     metadata = {"sampling": {"num_steps": 5, "merge_steps": (0.0, 1.0)}, "fingerprint": "f"}
-    name = sample.folder_name([request], metadata)
+    name = drawing.folder_name([request], metadata)
     assert re.fullmatch("dog_face_[0-9a-f]{8}", name)
-    assert sample.folder_name([request], dict(metadata)) == name
+    assert drawing.folder_name([request], dict(metadata)) == name
     others = [
-        sample.folder_name([request._replace(seed=8)], metadata),
-        sample.folder_name([request, request._replace(index=1)], metadata),
-        sample.folder_name([request], metadata | {"fingerprint": "g"}),
-        sample.folder_name([request], metadata | {"strength": 0.5}),
+        drawing.folder_name([request._replace(seed=8)], metadata),
+        drawing.folder_name([request, request._replace(index=1)], metadata),
+        drawing.folder_name([request], metadata | {"fingerprint": "g"}),
+        drawing.folder_name([request], metadata | {"strength": 0.5}),
     ]
     assert len({name, *others}) == 5
-    assert re.fullmatch("[0-9a-f]{8}", sample.folder_name([request._replace(prompt="?")], {}))
+    assert re.fullmatch("[0-9a-f]{8}", drawing.folder_name([request._replace(prompt="?")], {}))

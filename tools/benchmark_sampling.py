@@ -13,12 +13,13 @@ pictures are textures, which shows speed well and quality badly.
 
 `accelerations` draws the same prompts and noise with many settings. The baseline is the official
 sampler, guided to the end: midpoint, 18 points of the grid. Then come the paper's ladder (its
-figure 11), each rung on top of those above, and other settings; merging is late where it is kept to
-the second half of the evaluations. Columns:
+figure 11), each rung on top of those above, and other settings; merging is kept to the second half
+of the evaluations unless it is said to be in all. Columns:
 
     evaluations   of the velocity
     passes        through the layers, for a picture: two where an evaluation is guided; those that a
                   cache skipped are not counted, unless another picture of the batch needed them
+    FLOPs         of the network, as a share of the baseline's
     seconds       for a picture, from words to pixels: the median, the lowest and the highest
     speed-up      over the baseline: the median over the rounds
     step          likewise, over the row that this one changes; in the ladder the one above
@@ -116,7 +117,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 1, "Pictures at a time.", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "Turns that are counted.", lower_bound=1)
     flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16"], "Unless of a run: float32 on a CPU, else bfloat16."
+        "dtype", None, ["float32", "bfloat16"], "Not of a run; float32 on a CPU, else bfloat16."
     )
     flags.DEFINE_enum("device", "auto", ["auto", "cpu"], "cpu: leaves accelerators alone.")
     flags.DEFINE_string("output", None, "Folder for tables, plot, contact sheet and JSON.")
@@ -247,15 +248,12 @@ def make_rows(
     guidance = dict(guidance_truncation=0.25, guidance_renorm=1.0)
     dpm = dict(solver="dpm", num_steps=dpm_steps)
     cache = dict(cache_threshold=cache_threshold)
-    late = dict(
-        merge_steps=(0.5, 1.0)
-    )  # before, tokens are noise, and who resembles whom is chance
     rungs = [
         ("baseline: midpoint, 18 points", {}, 0),
         ("+ truncation 0.25, renorm 1", guidance, 1.18),
         (f"+ DPM, {dpm_steps} steps", dpm, 1.5),
         (f"+ cache, threshold {cache_threshold:g}", cache, 1.2),
-        (f"+ late merging {merge_ratio:g}", dict(merge_ratio=merge_ratio, **late), 0),
+        (f"+ merging {merge_ratio:g}", dict(merge_ratio=merge_ratio), 0),
     ]
     rows, changes, above = [], {}, None
     for name, added, needed in rungs:
@@ -284,7 +282,7 @@ def make_rows(
         ),
         *((f"cache, one in {n}", dict(cache_interval=n)) for n in (2, 3)),
         *((f"merging {ratio:g}", dict(merge_ratio=ratio)) for ratio in (0.25, 0.5)),
-        *((f"late merging {r:g}", dict(merge_ratio=r, **late)) for r in (0.25, 0.5)),
+        ("merging 0.25 in all", dict(merge_ratio=0.25, merge_steps=(0.0, 1.0))),
     ]
     return [
         *rows,
@@ -297,11 +295,11 @@ def open_checkpoint(
     path: str, dtype: str | None, prompts: Sequence[str]
 ) -> tuple[Pipeline, Sequence[str]]:
     """The pipeline, and the prompts to draw: those given, a run's previews, or our own."""
-    if checkpoint.is_run(path):
-        pipeline = Pipeline.from_checkpoint(path)
-        meta = checkpoint.load_meta(checkpoint.find(path, None))
-        return pipeline, prompts or meta["config"]["preview"]["prompts"] or PROMPTS
-    return Pipeline.from_diffusers(path, dtype=dtype or default_dtype()), prompts or PROMPTS
+    if not checkpoint.is_run(path):
+        return Pipeline.open(path, dtype=dtype or default_dtype()), prompts or PROMPTS
+    pipeline = Pipeline.open(path, dtype=dtype)
+    meta = checkpoint.load_meta(checkpoint.find(path, None))
+    return pipeline, prompts or meta["config"]["preview"]["prompts"] or PROMPTS
 
 
 def default_dtype() -> str:
@@ -313,7 +311,13 @@ class Drawn(NamedTuple):
 
     images: np.ndarray
     passes: float
+    flops: float
     first_call_seconds: float
+
+
+def all_caption_slots():
+    """Within it captions are padded to as many slots as the text encoder has."""
+    return mock.patch.object(pipeline_module, "caption_slots", return_value=sys.maxsize)
 
 
 class Bench:
@@ -337,6 +341,25 @@ class Bench:
         self.prompts = [prompts[i % len(prompts)] for i in range(self.num_pictures)]
         self.seeds = list(range(self.num_pictures))
 
+    def flops(self, index, changes, trace, *, all_slots=False, prompt_offset=0, seed_offset=0):
+        """Of the network, for a picture of this batch."""
+        del seed_offset
+        config = self.config(changes)
+        prompts = self.batch_prompts(index, prompt_offset)
+        with all_caption_slots() if all_slots else contextlib.nullcontext():
+            slots = self.pipeline.caption_slots(
+                prompts, [""] * len(prompts), self.pipeline.system_prompt, config.semantics
+            )
+        most = tuple(max(each) for each in zip(*slots, strict=True))
+        return self.pipeline.flops(self.height, self.width, config, slots=most, trace=trace)
+
+    def batch_prompts(self, index: int, offset: int) -> list[str]:
+        return [self.prompts[(i + offset) % self.num_pictures] for i in self.places(index)]
+
+    def places(self, index: int) -> range:
+        start = index % self.num_batches * self.batch_size
+        return range(start, start + self.batch_size)
+
     def batch(
         self,
         index: int,
@@ -355,13 +378,10 @@ class Bench:
           prompt_offset: Each picture gets the prompt of one so many places further on.
           seed_offset: Added to all seeds.
         """
-        start = index % self.num_batches * self.batch_size
-        places = range(start, start + self.batch_size)
-        slots = mock.patch.object(pipeline_module, "caption_slots", return_value=sys.maxsize)
-        with slots if all_slots else contextlib.nullcontext():
+        with all_caption_slots() if all_slots else contextlib.nullcontext():
             return self.pipeline(
-                [self.prompts[(i + prompt_offset) % self.num_pictures] for i in places],
-                seed=[self.seeds[i] + seed_offset for i in places],
+                self.batch_prompts(index, prompt_offset),
+                seed=[self.seeds[i] + seed_offset for i in self.places(index)],
                 height=self.height,
                 width=self.width,
                 output="uint8",
@@ -377,17 +397,22 @@ class Bench:
         drawn += [self.batch(i, changes, **options) for i in range(1, self.num_batches)]
         images = np.concatenate([images for images, _ in drawn])
         path = self.path(changes)
+        flops = [
+            self.flops(index, changes, trace, **options) for index, (_, trace) in enumerate(drawn)
+        ]
         passes = [
             path.num_evaluations + path.program.num_guided
             if trace is None
             else sum(int(r.computed.any(axis=1).sum()) for r in trace if r is not None)
             for _, trace in drawn
         ]
-        return Drawn(images, statistics.fmean(passes), first_call)
+        return Drawn(images, statistics.fmean(passes), statistics.fmean(flops), first_call)
 
     def path(self, changes: Mapping[str, Any]):
-        config = self.pipeline.settings(**{**self.baseline, **changes})
-        return self.pipeline.path(self.height, self.width, config)
+        return self.pipeline.path(self.height, self.width, self.config(changes))
+
+    def config(self, changes: Mapping[str, Any]):
+        return self.pipeline.settings(**{**self.baseline, **changes})
 
 
 class Pictures:
@@ -426,6 +451,7 @@ def draw_all(
                 **dataclasses.asdict(row),
                 "evaluations": bench.path(row.changes).num_evaluations,
                 "passes": drawn.passes,
+                "flops": drawn.flops,
                 "first_call_seconds": drawn.first_call_seconds,
             }
         )
@@ -525,7 +551,7 @@ def check_ladder(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """One row for each setting."""
-    heads = ["setting", "evaluations", "passes", "seconds", "speed-up", "step"]
+    heads = ["setting", "evaluations", "passes", "FLOPs", "seconds", "speed-up", "step"]
     compared = [name for name in COMPARISONS if name in results[0]]
     for name in compared:
         heads += [f"{COMPARISONS[name]}: PSNR", "SSIM", "features"]
@@ -536,6 +562,7 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
             result["name"],
             f"{result['evaluations']}",
             f"{result['passes']:.1f}".removesuffix(".0"),
+            f"{result['flops'] / results[0]['flops']:.3f}",
             f"{statistics.median(seconds):.3g} ({min(seconds):.3g} to {max(seconds):.3g})",
             f"{statistics.median(result['speed_ups']):.2f}",
             f"{statistics.median(result['steps']):.2f}" if result["over"] else "",

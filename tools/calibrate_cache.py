@@ -7,22 +7,24 @@ r"""Fits the polynomial by which a sampler skips layers to a model, and shows wh
 draws each prompt once with all layers in every evaluation, fits the change of their work to how far
 the input of the first had moved, then draws again with each of --thresholds. Writes
 cache_calibration.json and cache_calibration.png to --output, by default the run's workdir, where
-the pipeline finds it: then `--cache_threshold=0.2` of lumina_jax.sample means that the layers run
-again when their work has changed by about a fifth.
+the pipeline finds it (elsewhere: `--cache_calibration`). Then `--cache_threshold=0.2` of
+lumina_jax.sample means that the layers run again when their work has changed by about a fifth.
 """
 
 import numpy as np
 from absl import flags
 from etils import epath
 
-from lumina_jax import checkpoint, cli, executables, plots, sample
+from lumina_jax import checkpoint, cli, executables, plots
 from lumina_jax.errors import InputError
 from lumina_jax.progress import progress_bar
-from lumina_jax.sampling import calibration
+from lumina_jax.sampling import calibration, requests
 from lumina_jax.sampling.pipeline import Pipeline
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or a diffusers pipeline.")
-_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", None, checkpoint.WEIGHTS, "Averaged, by default, or raw ones."
+)
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file", None, "One prompt a line; the prompts of the run's previews by default."
@@ -39,15 +41,12 @@ _THRESHOLDS = flags.DEFINE_list("thresholds", "0.05,0.1,0.2,0.3,0.5", "To be tri
 def main() -> None:
     executables.use_cache("")
     path = _CHECKPOINT.value
-    if checkpoint.is_run(path):
-        pipeline = Pipeline.from_checkpoint(path, step=_STEP.value, weights=_WEIGHTS.value)
-        output = _OUTPUT.value or path
-    elif _OUTPUT.value is None:
+    if _OUTPUT.value is None and not checkpoint.is_run(path):
         raise InputError(
             f"--checkpoint={path} is not the workdir of a run: name a folder, --output."
         )
-    else:
-        pipeline, output = Pipeline.from_diffusers(path), _OUTPUT.value
+    pipeline = Pipeline.open(path, step=_STEP.value, weights=_WEIGHTS.value)
+    output = _OUTPUT.value or path
     prompts = read_prompts(path, _PROMPTS_FILE.value)
     settings = {
         "solver": _SOLVER.value,
@@ -72,7 +71,7 @@ def main() -> None:
 def read_prompts(path: str, prompts_file: str | None) -> list[str]:
     """Those of a file, or of the previews of a run."""
     if prompts_file is not None:
-        return [line["prompt"] for line in sample.read_prompts([], prompts_file)]
+        return [line["prompt"] for line in requests.read_prompts([], prompts_file)]
     if checkpoint.is_run(path):
         config = checkpoint.load_meta(checkpoint.find(path))["config"]
         prompts = list(config.get("preview", {}).get("prompts", ()))

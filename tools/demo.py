@@ -40,31 +40,15 @@ PROMPTS = (
 )
 # Flags that lumina_jax.sample has too, and needs to open the same model in the same way.
 SHARED_FLAGS = (
-    "weights", "dtype", "text_encoder_path", "autoencoder_path", "replica", "data", "model",
+    "weights", "dtype", "text_encoder_path", "autoencoder_path", "cache_calibration", "replica",
+    "data", "model",
 )  # fmt: skip
 
 
 def define_flags() -> None:
-    flags.DEFINE_string(
-        "checkpoint",
-        None,
-        "Workdir of a run, or a diffusers pipeline (or its name on the hub).",
-    )
+    sample.define_model_flags()
     flags.DEFINE_string("host", "127.0.0.1", "Who is let in: this machine. 0.0.0.0: everybody.")
     flags.DEFINE_integer("port", 7860, "Of the page.", lower_bound=1, upper_bound=65535)
-    flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
-    flags.DEFINE_enum("weights", None, checkpoint.WEIGHTS, "Averaged, by default, or raw ones.")
-    flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Of a diffusers pipeline.")
-    flags.DEFINE_string("text_encoder_path", None, "Where it lies now, if not where the run did.")
-    flags.DEFINE_string("autoencoder_path", None, "Likewise.")
-    flags.DEFINE_integer("replica", 1, "Devices that split a batch, each with all weights.")
-    flags.DEFINE_integer("data", -1, "Devices that split a batch and the weights; -1: all.")
-    flags.DEFINE_integer("model", 1, "Devices that share the work on each picture.")
-    flags.DEFINE_string(
-        "cache_directory",
-        "",
-        "Of compiled programs; JAX_COMPILATION_CACHE_DIR, else ~/.cache/lumina_jax.",
-    )
 
 
 def example_prompts(path: str, step: int | None) -> Sequence[str]:

@@ -56,6 +56,36 @@ def panel_name(name: str, panel: str) -> str:
     return f"{name.removesuffix('.png')}.{panel}.png"
 
 
+def shared_metadata(
+    config: SamplerConfig,
+    *,
+    system_prompt: str,
+    start: Mapping[str, str],
+    strength: float | None,
+    checkpoint: Mapping[str, Any],
+    fingerprint: str,
+) -> dict[str, Any]:
+    """What is written into all pictures of a command, each with its own request beside it.
+
+    Args:
+      config: Settings of the sampler.
+      system_prompt: The text in front of prompts.
+      start: Digests of the files that they begin from, "image" and "mask".
+      strength: See `Pipeline`; None where it was not given.
+      checkpoint: Where the weights lay.
+      fingerprint: Of the weights.
+    """
+    return {
+        "system_prompt": system_prompt,
+        "sampling": dataclasses.asdict(config),
+        **start,
+        **({} if strength is None else {"strength": strength}),
+        "checkpoint": checkpoint,
+        "fingerprint": fingerprint,
+        "version": __version__,
+    }
+
+
 def write_picture(path: epath.PathLike, image: Image.Image, metadata: Mapping[str, Any]) -> None:
     """Writes a PNG with its metadata inside, aside first: the path never holds half a picture."""
     texts = PngImagePlugin.PngInfo()

@@ -39,6 +39,8 @@ OUTPUTS = ("pil", "uint8", "float")
 # Caption slots are a multiple of this, or one, or all that the text encoder has: few programs serve
 # prompts of all lengths.
 SLOTS_STEP = 32
+# A server may be asked for any size and any number of steps; so many programs stay in memory.
+MOST_PROGRAMS = 64
 # Previews are at most so many pixels wide and high.
 PREVIEW_SIDE = 256
 
@@ -75,7 +77,6 @@ class Pipeline:
         self.mesh = mesh
         self._model = model
         self._listener: Callable | None = None  # of previews
-        self._watched: dict[Any, Callable] = {}
         self._text_encoder = text_encoder
         self._autoencoder = autoencoder
         replicated = sharding.named(mesh, ())
@@ -89,21 +90,56 @@ class Pipeline:
                     f"This {what} gives {given} numbers where the model takes {needed}: they do "
                     f"not belong together."
                 )
-        self._draw_options = {
-            "out_shardings": replicated,
-            "compiler_options": compiler.options(sharding.device_kind(mesh)),
-        }
-        self.draw = Program(
-            functools.partial(_draw, model, text_encoder, autoencoder),
-            name="draw",
-            settings=lambda: {
+        draw = functools.partial(_draw, model, text_encoder, autoencoder)
+        options = {
+            "settings": lambda: {
                 "model": dataclasses.asdict(model),
                 "text_encoder": text_encoder.fingerprint(),
                 "autoencoder": autoencoder.fingerprint(),
             },
-            returns=(sampler.Trace, caching.Record),
-            **self._draw_options,
+            "returns": (sampler.Trace, caching.Record),
+            "most": MOST_PROGRAMS,
+            "out_shardings": replicated,
+            "compiler_options": compiler.options(sharding.device_kind(mesh)),
+        }
+        self.draw = Program(draw, name="draw", **options)
+        self._draw_watched = Program(
+            functools.partial(draw, show=self._show),
+            name="draw_watched",
+            calls_host=True,
+            **options,
         )
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        *,
+        step: int | None = None,
+        weights: str | None = None,
+        dtype: str | None = None,
+        text_encoder_path: str | None = None,
+        autoencoder_path: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> "Pipeline":
+        """`from_checkpoint` of a run, `from_diffusers` of anything else; None is their default.
+
+        What only the other of them takes is an InputError.
+        """
+        of_run = {
+            "step": step, "weights": weights, "text_encoder_path": text_encoder_path,
+            "autoencoder_path": autoencoder_path,
+        }  # fmt: skip
+        is_run = checkpoint.is_run(path)
+        given = {k: v for k, v in (of_run if is_run else {"dtype": dtype}).items() if v is not None}
+        wrong = {k: v for k, v in ({"dtype": dtype} if is_run else of_run).items() if v is not None}
+        if wrong:
+            kinds = ("a diffusers pipeline", "the workdir of a run")
+            raise InputError(
+                f"{', '.join(f'{k}={v}' for k, v in wrong.items())}: that is for "
+                f"{kinds[not is_run]}, and {path} is {kinds[is_run]}. Leave it out."
+            )
+        return (cls.from_checkpoint if is_run else cls.from_diffusers)(path, mesh=mesh, **given)
 
     @classmethod
     def from_checkpoint(
@@ -308,7 +344,13 @@ class Pipeline:
             if preview is None:
                 images, found = self.draw(*args, **static)
             else:
-                images, found = self._draw_watched(path, preview, args, static)
+                total = path.num_evaluations
+                self._listener = lambda index, seen: preview(index + 1, total, seen[:num])
+                try:
+                    images, found = jax.block_until_ready(self._draw_watched(*args, **static))
+                    jax.effects_barrier()
+                finally:
+                    self._listener = None
         images = np.asarray(images.addressable_data(0))
         if output != "float":
             images = np.round(images * 255).astype(np.uint8)
@@ -339,8 +381,24 @@ class Pipeline:
     ) -> list[tuple[int, ...]]:
         """Of each prompt and its negative prompt: where they are equal, one program serves all."""
         texts = self._with_system_prompt(prompts, negatives, system_prompt, semantics)
-        counts = [self._text_encoder.tokenize(part)[1].sum(axis=1) for part in texts]
-        return [tuple(caption_slots(int(n)) for n in pair) for pair in zip(*counts, strict=True)]
+        masks = [self._text_encoder.tokenize(part)[1] for part in texts]
+        slots = [[min(caption_slots(int(row.sum())), row.size) for row in mask] for mask in masks]
+        return list(zip(*slots, strict=True))
+
+    def flops(
+        self,
+        height: int,
+        width: int,
+        config: SamplerConfig,
+        *,
+        slots: tuple[int, int],
+        trace: sampler.Trace | None = None,
+    ) -> float:
+        """Operations of the network for one picture in pixels, see `sampler.Path.flops`."""
+        unit = self.pixels_per_token
+        return self.path(height, width, config).flops(
+            self._model, height=height // unit, width=width // unit, slots=slots, trace=trace
+        )
 
     def fingerprint(self) -> str:
         """Changes with any number of the weights and with the encoders; equal on every mesh.
@@ -359,27 +417,10 @@ class Pipeline:
         encoders = [self._text_encoder.fingerprint(), self._autoencoder.fingerprint()]
         return hashlib.sha256(json.dumps([content, encoders]).encode()).hexdigest()
 
-    def _draw_watched(self, path, preview, args, static):
-        """The same program with a call of the host in every evaluation, which no file can keep."""
-
-        def show(index, images):
-            if (listener := self._listener) is not None:
-                listener(int(index), np.asarray(images))
-
-        key = (*map(jax.typeof, jax.tree.leaves(args)), *sorted(static.items()))
-        if key not in self._watched:
-            function = functools.partial(
-                _draw, self._model, self._text_encoder, self._autoencoder, show=show, **static
-            )
-            self._watched[key] = jax.jit(function, **self._draw_options)
-        total = path.num_evaluations
-        self._listener = lambda index, images: preview(index + 1, total, images[: static["num"]])
-        try:
-            result = jax.block_until_ready(self._watched[key](*args))
-            jax.effects_barrier()
-            return result
-        finally:
-            self._listener = None
+    def _show(self, index, images):
+        """Called by the program that previews are drawn by, in every evaluation."""
+        if (listener := self._listener) is not None:
+            listener(int(index), np.asarray(images))
 
     def _stretch(self, height, width, config):
         """For a picture larger than those that the model draws by default."""
