@@ -140,7 +140,10 @@ class Program:
         return self._jitted(static).lower(*args)
 
     def _jitted(self, static):
-        function = functools.partial(self._function, **static)
+        # A function of its own: what JAX made of it goes when it goes, that of a partial stays.
+        def function(*args):
+            return self._function(*args, **static)
+
         function.__name__ = self._name
         return jax.jit(function, **self._jit)
 

@@ -5,6 +5,8 @@ import tempfile
 
 # Before jax is imported: with libtpu installed a bare import would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile more than they compute, and without optimisation compiling takes half the time.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest

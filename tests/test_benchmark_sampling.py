@@ -9,8 +9,6 @@ import types
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
 
 from lumina_jax.errors import InputError
@@ -228,24 +226,6 @@ def test_without_quality_the_table_has_times_alone():
     heads = benchmark_sampling.markdown(results).splitlines()[0]
     assert heads == "| setting | evaluations | passes | FLOPs | seconds | speed-up | step |"
     assert list(images) == [row.name for row in rows]
-
-
-def test_names_beside_points_do_not_cover_each_other():
-    figure = Figure(figsize=(8, 6))
-    panel = figure.subplots()
-    panel.set(xlim=(0.5, 2), ylim=(0.01, 0.3))
-    points = [
-        benchmark_sampling.Point(1 + 0.02 * i, 0.1 + 0.005 * i, f"setting {i}", ladder=i < 3)
-        for i in range(8)
-    ]
-    figure.draw_without_rendering()
-    benchmark_sampling._label_points(panel, points)
-    figure.draw_without_rendering()
-    assert {text.get_text() for text in panel.texts} == {point.name for point in points}
-    boxes = np.array([Text.get_window_extent(text).extents for text in panel.texts])
-    common = benchmark_sampling._common_areas(boxes, boxes)
-    assert np.all(np.diagonal(common) > 0)
-    assert np.all(common - np.diag(np.diagonal(common)) == 0)
 
 
 def test_both_sides_draw_on_the_same_kind_of_device():

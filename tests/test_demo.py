@@ -24,7 +24,7 @@ from lumina_jax.demo_page import Drawing, Stopped, Studio, command, progress, re
 from lumina_jax.errors import InputError
 from lumina_jax.models.next_dit import NextDiTConfig, init_params
 from lumina_jax.sampling import pictures
-from tests.sampling.test_pipeline import make_pipeline
+from tests.sampling.small_pipeline import make_pipeline
 from tools import demo
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -210,7 +210,15 @@ def test_a_command_without_a_cache_says_so():
     assert "No cache of programs: set JAX_COMPILATION_CACHE_DIR" in output.decode()
 
 
-def test_the_programs_called_last_stay_in_memory():
+@pytest.fixture
+def no_cache():
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_the_programs_called_last_stay_in_memory(no_cache):
     traces = []
 
     def add(x, *, number):

@@ -149,6 +149,18 @@ def test_on_a_mesh_each_device_attends_for_its_own_part(name):
     assert_close(jax.device_get(found), jax.device_get(expected), 3e-6)
 
 
+def test_another_order_and_back_and_its_gradient():
+    _, _, ids = inputs(128)
+    x = jax.random.normal(jax.random.key(3), (2, 128, 5))
+    order = door.tokens_first(ids)
+    first = door.reorder(order, x)
+    for row, mask, found in zip(x, ids == 1, first, strict=True):
+        np.testing.assert_array_equal(found, jnp.concatenate([row[mask], row[~mask]]))
+    np.testing.assert_array_equal(door.reorder(order.reverse, first), x)
+    gradient = jax.grad(lambda x: jnp.sum(door.reorder(order, x) * first))(x)
+    np.testing.assert_array_equal(gradient, x)
+
+
 @pytest.mark.accelerator
 @pytest.mark.parametrize("num_tokens", [128, 321, 4224])
 def test_cudnn_errs_by_no_more_than_bfloat16(num_tokens):

@@ -90,6 +90,7 @@ def velocity(latents, chosen):
     return run(latents)
 
 
+@pytest.mark.slow
 def test_merging_nothing_is_the_plain_network():
     latents = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
     np.testing.assert_allclose(

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, make_stages
+from lumina_jax.models.next_dit import NextDiTConfig, make_stages
 from lumina_jax.sampling import caching, sampler
 from lumina_jax.sampling.sampler import SamplerConfig
+from tests.sampling.small_pipeline import random_params
 
 MODEL = NextDiTConfig(
     dim=32, num_layers=3, num_refiner_layers=1, num_heads=4, num_kv_heads=2, hidden_dim=64,
@@ -23,10 +24,7 @@ BASE = dict(
 
 @functools.cache
 def params():
-    leaves, tree = jax.tree.flatten(abstract_params(MODEL))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    made = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, made)
+    return jax.tree.map(jnp.asarray, random_params(MODEL))
 
 
 @functools.cache
@@ -57,7 +55,12 @@ def draw(changes, batch=3, together=False, rows=slice(None)):
 
 
 @pytest.mark.parametrize(
-    ("solver", "together"), [("euler", True), ("midpoint", False), ("dpm", False)]
+    ("solver", "together"),
+    [
+        ("midpoint", False),
+        pytest.param("euler", True, marks=pytest.mark.slow),
+        pytest.param("dpm", False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_cache_that_is_never_used_changes_nothing(solver, together):
     """Threshold zero as nearly as it is on: the layers run each time, and no bit differs."""
@@ -105,7 +108,7 @@ def test_the_layers_really_run_only_when_a_picture_needs_them():
     assert len(runs) == computed == 3 + 1
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("together", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_picture_is_the_same_whatever_its_neighbours_need(together):
     """Some compute where others reuse, and each gets what it gets alone."""
     changes = {"cache_threshold": 0.25, "num_steps": 17}

@@ -8,7 +8,7 @@ from lumina_jax.sampling import calibration
 from lumina_jax.sampling.caching import Record
 from lumina_jax.sampling.calibration import Calibration
 from lumina_jax.sampling.sampler import Trace
-from tests.sampling.test_pipeline import make_pipeline
+from tests.sampling.small_pipeline import make_pipeline
 from tools import calibrate_cache
 
 
@@ -69,6 +69,7 @@ def test_a_file_that_is_no_calibration_is_told(tmp_path, content):
         Calibration.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_calibrating_a_model_fits_its_evaluations_and_tries_the_thresholds(tmp_path):
     """The whole tool but its flags, and the pipeline that finds its file."""
     pipeline = make_pipeline()

@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumina_jax import sharding
 from lumina_jax.errors import InputError
-from lumina_jax.frozen.autoencoder import Pixels
-from lumina_jax.models.next_dit import abstract_params
 from lumina_jax.sampling import pictures
-from lumina_jax.sampling.pipeline import Pipeline, _sums_of_bits
-from tests.sampling.test_pipeline import DEFAULTS, MODEL, Letters
+from lumina_jax.sampling.pipeline import _sums_of_bits
+from tests.sampling.small_pipeline import make_pipeline
 
 PIXELS = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 METADATA = {
@@ -24,26 +21,6 @@ METADATA = {
     "fingerprint": "0123456789abcdef",
     "version": "1",
 }
-
-
-def quick_pipeline(**mesh):
-    """That of test_pipeline.py; its numbers come from NumPy, which compiles nothing for them."""
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), abstract_params(MODEL)
-    )
-    devices = jax.devices() if mesh else jax.devices()[:1]
-    mesh = sharding.make_mesh(**{"replica": 1, "data": 1, "model": 1, **mesh}, devices=devices)
-    return Pipeline(
-        MODEL,
-        jax.device_put(params, sharding.tree_shardings(params, mesh)),
-        text_encoder=Letters(),
-        autoencoder=Pixels(),
-        defaults=DEFAULTS,
-        size=(16, 16),
-        system_prompt="empty",
-        mesh=mesh,
-    )
 
 
 def write(folder, **changes):
@@ -157,9 +134,9 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
 
 
 def test_the_fingerprint_is_of_the_numbers_not_of_where_they_lie():
-    pipeline = quick_pipeline()
+    pipeline = make_pipeline()
     found = pipeline.fingerprint()
-    assert quick_pipeline(replica=2, data=2, model=2).fingerprint() == found
+    assert make_pipeline(replica=2, data=2, model=2).fingerprint() == found
     kernel = pipeline.params["x_embedder"]["kernel"]
     pipeline.params["x_embedder"]["kernel"] = kernel.at[3, 5].add(1e-6)
     assert pipeline.fingerprint() != found
