@@ -14,17 +14,15 @@ import urllib.error
 import urllib.request
 from concurrent.futures import CancelledError
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from lumina_jax import checkpoint, demo_page
+from lumina_jax import demo_page
 from lumina_jax.demo_page import Drawing, Stopped, Studio, command, progress, read
 from lumina_jax.errors import InputError
-from lumina_jax.models.next_dit import NextDiTConfig, init_params
 from lumina_jax.sampling import pictures
-from tests.sampling.small_pipeline import make_pipeline
+from tests.sampling.small_pipeline import make_pipeline, save_run
 from tools import demo
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -334,22 +332,11 @@ def running(command, url, **environment):
 def url(tmp_path_factory):
     """A page that draws with random weights."""
     pytest.importorskip("gradio")
-    model = NextDiTConfig(
-        dim=64, num_layers=2, num_refiner_layers=1, num_heads=4, num_kv_heads=2, hidden_dim=128,
-        axes_dims=(8, 4, 4), in_channels=3, patch_size=4, cap_feat_dim=512, dtype="float32",
-    )  # fmt: skip
-    config = {
-        "text_encoder": {"kind": "use", "path": "", "max_tokens": 32},
-        "autoencoder": {"kind": "pixels", "path": ""},
-        "sampling": {
-            "height": 32, "width": 32, "num_steps": 30, "guidance_scale": 2.0,
-            "guidance_truncation": 1.0, "guidance_renorm": 0.0, "semantics": "official",
-            "solver": "euler", "time_shift": 1.0, "system_prompt": "empty",
-        },
-    }  # fmt: skip
     workdir = tmp_path_factory.mktemp("run")
-    params = jax.tree.map(lambda x: x + 0.02, init_params(model, jax.random.key(0)))
-    checkpoint.save_weights(workdir, params, checkpoint.weights_meta(model, config))
+    save_run(
+        workdir, side=32, num_steps=30, max_tokens=32, dim=64, num_kv_heads=2, hidden_dim=128,
+        axes_dims=(8, 4, 4),
+    )  # fmt: skip
     port = free_port()
     url = f"http://127.0.0.1:{port}/"
     command = [sys.executable, "tools/demo.py", f"--checkpoint={workdir}", f"--port={port}"]

@@ -10,20 +10,17 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from lumina_jax import checkpoint
 from lumina_jax.errors import InputError
-from lumina_jax.models.next_dit import NextDiTConfig, init_params
 from lumina_jax.sample import check_sizes, read_numbers, read_start, read_system_prompt
 from lumina_jax.sampling import drawing, pictures
 from lumina_jax.sampling.drawing import draw_into
 from lumina_jax.sampling.requests import Request, make_requests, plan, read_prompts
 from lumina_jax.system_prompts import SYSTEM_PROMPTS, dual_panel
-from tests.sampling.small_pipeline import make_pipeline
+from tests.sampling.small_pipeline import make_pipeline, save_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 LINES = [
@@ -306,23 +303,11 @@ def test_panels_are_cut_from_the_pictures_that_are_there(pipeline, tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A checkpoint with random weights, and the command that draws with it."""
-    model = NextDiTConfig(
-        dim=32, num_layers=2, num_refiner_layers=1, num_heads=4, num_kv_heads=4, hidden_dim=64,
-        axes_dims=(4, 2, 2), in_channels=3, patch_size=4, cap_feat_dim=512, dtype="float32",
-    )  # fmt: skip
-    config = {
-        "text_encoder": {"kind": "use", "path": "", "max_tokens": 8},
-        "autoencoder": {"kind": "pixels", "path": ""},
-        "sampling": {
-            "height": 16, "width": 16, "num_steps": 400, "guidance_scale": 2.0,
-            "guidance_truncation": 1.0, "guidance_renorm": 0.0, "semantics": "official",
-            "solver": "euler", "time_shift": 1.0, "system_prompt": "empty",
-        },
-    }  # fmt: skip
     workdir = tmp_path_factory.mktemp("run")
-    params = init_params(model, jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.02, params)  # what begins at zero draws nothing
-    checkpoint.save_weights(workdir, params, checkpoint.weights_meta(model, config))
+    save_run(
+        workdir, side=16, num_steps=400, max_tokens=8, dim=32, num_kv_heads=4, hidden_dim=64,
+        axes_dims=(4, 2, 2),
+    )  # fmt: skip
 
     def start(*arguments, **environment):
         return subprocess.Popen(

@@ -54,7 +54,7 @@ def main() -> None:
     args = flags.FLAGS
     args.config.flow.auxiliary_weight = 0.0
     if args.turn:
-        turn = {"lumina_jax": time_ours, "torch": time_torch}[args.side[0]]
+        turn = {"lumina_jax": time_ours, "torch": time_torch}[args.side[-1]]
         print(json.dumps(turn(args)))
         return
     found: dict[str, list[dict]] = {side: [] for side in args.side}
@@ -74,7 +74,8 @@ def main() -> None:
             flush=True,
         )
     if len(found) == 2:
-        ratios = [b["seconds"] / a["seconds"] for a, b in zip(*found.values(), strict=True)]
+        pairs = zip(found["torch"], found["lumina_jax"], strict=True)
+        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
         print(
             f"lumina_jax is {statistics.median(ratios):.2f} times as fast as torch "
             f"({min(ratios):.2f} to {max(ratios):.2f})"

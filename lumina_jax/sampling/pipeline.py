@@ -126,20 +126,23 @@ class Pipeline:
 
         What only the other of them takes is an InputError.
         """
+        of_folder = {"dtype": dtype}
         of_run = {
             "step": step, "weights": weights, "text_encoder_path": text_encoder_path,
             "autoencoder_path": autoencoder_path,
         }  # fmt: skip
         is_run = checkpoint.is_run(path)
-        given = {k: v for k, v in (of_run if is_run else {"dtype": dtype}).items() if v is not None}
-        wrong = {k: v for k, v in ({"dtype": dtype} if is_run else of_run).items() if v is not None}
-        if wrong:
+        make, taken, other = cls.from_diffusers, of_folder, of_run
+        if is_run:
+            make, taken, other = cls.from_checkpoint, of_run, of_folder
+        if wrong := [f"{name}={value}" for name, value in other.items() if value is not None]:
             kinds = ("a diffusers pipeline", "the workdir of a run")
             raise InputError(
-                f"{', '.join(f'{k}={v}' for k, v in wrong.items())}: that is for "
-                f"{kinds[not is_run]}, and {path} is {kinds[is_run]}. Leave it out."
+                f"{', '.join(wrong)}: that is for {kinds[not is_run]}, and {path} is "
+                f"{kinds[is_run]}. Leave it out."
             )
-        return (cls.from_checkpoint if is_run else cls.from_diffusers)(path, mesh=mesh, **given)
+        given = {name: value for name, value in taken.items() if value is not None}
+        return make(path, mesh=mesh, **given)
 
     @classmethod
     def from_checkpoint(

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
-from lumina_jax import sharding
+from lumina_jax import checkpoint, sharding
 from lumina_jax.frozen.autoencoder import Pixels
-from lumina_jax.models.next_dit import NextDiTConfig, abstract_params
+from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, init_params
 from lumina_jax.sampling.pipeline import Pipeline
 from lumina_jax.sampling.sampler import SamplerConfig
 
@@ -66,3 +66,23 @@ def make_pipeline(**mesh):
         system_prompt="empty",
         mesh=mesh,
     )
+
+
+def save_run(workdir, *, side, num_steps, max_tokens, **sizes):
+    """A checkpoint with random weights of such `sizes`, for commands that open one."""
+    model = NextDiTConfig(
+        num_layers=2, num_refiner_layers=1, num_heads=4, in_channels=3, patch_size=4,
+        cap_feat_dim=512, dtype="float32", **sizes,
+    )  # fmt: skip
+    config = {
+        "text_encoder": {"kind": "use", "path": "", "max_tokens": max_tokens},
+        "autoencoder": {"kind": "pixels", "path": ""},
+        "sampling": {
+            "height": side, "width": side, "num_steps": num_steps, "guidance_scale": 2.0,
+            "guidance_truncation": 1.0, "guidance_renorm": 0.0, "semantics": "official",
+            "solver": "euler", "time_shift": 1.0, "system_prompt": "empty",
+        },
+    }  # fmt: skip
+    params = init_params(model, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.02, params)  # what begins at zero draws nothing
+    checkpoint.save_weights(workdir, params, checkpoint.weights_meta(model, config))

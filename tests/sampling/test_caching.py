@@ -1,5 +1,6 @@
 """What is reused, when, and that nothing else changes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,15 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lumina_jax.models.next_dit import NextDiTConfig, make_stages
+from lumina_jax.models.next_dit import make_stages
 from lumina_jax.sampling import caching, sampler
 from lumina_jax.sampling.sampler import SamplerConfig
-from tests.sampling.small_pipeline import random_params
+from tests.sampling import small_pipeline
 
-MODEL = NextDiTConfig(
-    dim=32, num_layers=3, num_refiner_layers=1, num_heads=4, num_kv_heads=2, hidden_dim=64,
-    axes_dims=(4, 2, 2), in_channels=3, patch_size=2, cap_feat_dim=8, dtype="float32",
-)  # fmt: skip
+MODEL = dataclasses.replace(small_pipeline.MODEL, num_layers=3, patch_size=2)
 BASE = dict(
     num_steps=9, guidance_scale=3.0, guidance_truncation=0.4, guidance_renorm=1.0,
     semantics="official", solver="euler", time_shift=2.0,
@@ -24,7 +22,7 @@ BASE = dict(
 
 @functools.cache
 def params():
-    return jax.tree.map(jnp.asarray, random_params(MODEL))
+    return jax.tree.map(jnp.asarray, small_pipeline.random_params(MODEL))
 
 
 @functools.cache

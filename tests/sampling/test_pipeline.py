@@ -11,7 +11,7 @@ from lumina_jax.errors import InputError
 from lumina_jax.frozen.autoencoder import Pixels
 from lumina_jax.sampling import pipeline as pipeline_module
 from lumina_jax.sampling.pipeline import Pipeline
-from tests.sampling.small_pipeline import DEFAULTS, MODEL, Letters, make_pipeline
+from tests.sampling.small_pipeline import DEFAULTS, MODEL, Letters, make_pipeline, save_run
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,19 @@ def test_parts_that_do_not_belong_together_are_refused(pipeline):
             system_prompt="empty",
             mesh=pipeline.mesh,
         )
+
+
+def test_what_only_the_other_kind_of_checkpoint_takes_is_refused(tmp_path):
+    save_run(
+        tmp_path / "run", side=16, num_steps=2, max_tokens=8, dim=32, num_kv_heads=4,
+        hidden_dim=64, axes_dims=(4, 2, 2),
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"^dtype=float32: that is for a diffusers pipeline"):
+        Pipeline.open(str(tmp_path / "run"), dtype="float32")
+    with pytest.raises(InputError, match=r"^step=3, weights=ema: that is for the workdir of a run"):
+        Pipeline.open(str(tmp_path), step=3, weights="ema")
+    opened = Pipeline.open(str(tmp_path / "run"), weights="ema")
+    assert (opened.size, opened.defaults.num_steps) == ((16, 16), 2)
 
 
 def test_the_same_call_does_not_compile_again(pipeline):
