@@ -139,6 +139,10 @@ class Program:
         """Traced for these shapes and shardings, to be compiled by the caller."""
         return self._jitted(static).lower(*args)
 
+    def compile(self, *args, **static) -> jax.stages.Compiled:
+        """What a call with these shapes and shardings would run, kept where the call keeps it."""
+        return self._prepare(args, static).lower(*args).compile()
+
     def _jitted(self, static):
         # A function of its own: what JAX made of it goes when it goes, that of a partial stays.
         def function(*args):
