@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import rich.box
 import rich.table
-from absl import flags
+from absl import flags, logging
 from etils import epath
 from jaxtyping import Int
 from matplotlib.figure import Figure
@@ -75,7 +75,8 @@ def main() -> None:
         directory, splits, _NUM_RECORDS.value, count_tokens, policy.system_prompt
     )
     found = statistics.summarize(splits, rows, encoder.max_tokens)
-    console = Console(highlight=False, soft_wrap=True)
+    # Words of a data set are no markup.
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     print_statistics(console, manifest, found, encoder.max_tokens)
     if _TOKENS.value:
         empty = policy.text((), None, [0.0] * policy.NUM_DRAWS)
@@ -213,7 +214,11 @@ def write_sheet(path: epath.Path, directory: str, split: Split) -> None:
     records = list(statistics.read_some(directory, split, rows))
     pictures = np.empty((count, split.bucket.height, split.bucket.width, 3), np.uint8)
     for record, picture in zip(records, pictures, strict=True):
-        images.decode_stored(record.image, picture)
+        try:
+            images.decode_stored(record.image, picture)
+        except Exception as error:  # what a decoder raises on damaged bytes is anything
+            logging.warning("%s shows no picture (%s): it is left white.", record.id, error)
+            picture[...] = 255
     save_contact_sheet(
         path,
         list(pictures),

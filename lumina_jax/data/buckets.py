@@ -31,7 +31,7 @@ class Bucket:
 
     @classmethod
     def parse(cls, text: str) -> "Bucket":
-        match = re.fullmatch(r"(\d+)x(\d+)", text.strip(), re.ASCII)
+        match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(text).strip(), re.ASCII)
         if match is None:
             raise InputError(
                 f"Bucket {text!r} is not a size in pixels. Write width x height, such as 60x36."

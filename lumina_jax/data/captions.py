@@ -11,7 +11,6 @@ numbers would cost more than all the rest.
 """
 
 import dataclasses
-import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import ClassVar, NamedTuple
 
 from lumina_jax.errors import InputError
 from lumina_jax.system_prompts import prefixed
+from lumina_jax.untrusted import is_finite
 
 KINDS = ("long", "medium", "short", "tags")
 _TAG = re.compile(r"[^\s,，、](?:[^,，、]*[^\s,，、])?")
@@ -68,8 +68,8 @@ class CaptionPolicy:
             )
         for name, weights in (("kind", self.kinds), ("language", self.languages)):
             values = weights.values()
-            nothing = sum(values) == 0 and (weights or name == "kind")
-            if nothing or not all(math.isfinite(w) and w >= 0 for w in values):
+            sound = all(is_finite(weight) and weight >= 0 for weight in values)
+            if not sound or (not any(values) and (weights or name == "kind")):
                 raise InputError(
                     f"Caption {name} weights {dict(weights)} must be zero or more, and one must be "
                     "above zero."

@@ -21,7 +21,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import threading
 import time
@@ -41,6 +40,7 @@ from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import CaptionPolicy, describe_pairs
 from lumina_jax.data.records import CACHES, REMAKE, Manifest, Record, Records, Split
 from lumina_jax.errors import InputError
+from lumina_jax.untrusted import MAX_WIDTH, is_finite, is_whole
 
 Tokenize = Callable[..., tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]]
 
@@ -516,6 +516,7 @@ class _Pictures:
         self._records, self.bucket = Records(directory, split), split.bucket
         self._places = range(split.num_records) if places is None else places
         self._latents = manifest.cache["latents"] if "latents" in features else None
+        self._cap_feats = manifest.cache["cap_feats"] if "cap_feats" in features else None
         self._undecodable = undecodable
 
     def __len__(self) -> int:
@@ -564,6 +565,8 @@ class _Pictures:
                 images.decode_stored(record.image, out)
             else:
                 out[...] = self._latents.decode(record.latents, self.bucket)
+            if self._cap_feats is not None:
+                self._cap_feats.check(record)
             return record
         except InputError:
             raise
@@ -581,9 +584,9 @@ class _Pictures:
         for seconds in (*_PAUSES, None) if self._records.remote else (None,):
             try:
                 return self._records[place]
+            except images.Rejected:
+                raise
             except Exception as error:
-                if "orrupted" in str(error):  # of ArrayRecord: a checksum does not fit
-                    raise
                 if seconds is None:
                     raise InputError(
                         f"{self._records.shard_of(place)} cannot be read ({error}), and could when "
@@ -665,7 +668,7 @@ def _check_datasets(datasets: Sequence[Dataset]) -> None:
             f"Some datasets have a weight, and {without} have none. Give one to each, or to none: "
             "then each record is as likely as the others."
         )
-    if given and (not all(math.isfinite(w) and w >= 0 for w in given) or not sum(given) > 0):
+    if given and (not all(is_finite(w) and w >= 0 for w in given) or not sum(given) > 0):
         raise InputError(f"Dataset weights {given} must be zero or more, and one above zero.")
 
 
@@ -678,8 +681,8 @@ def _check_text_slots(text_slots: Mapping[str, int], policy: CaptionPolicy) -> N
             f"text_slots {dict(text_slots)} name no slots for {', '.join(missing)} captions, which "
             "the caption policy takes. Add them."
         )
-    if any(slots < 1 for slots in text_slots.values()):
-        raise InputError(f"text_slots {dict(text_slots)} must be 1 or more.")
+    if not all(is_whole(slots, 1, MAX_WIDTH) for slots in text_slots.values()):
+        raise InputError(f"text_slots {dict(text_slots)} must be whole numbers of 1 or more.")
 
 
 def _check_features(

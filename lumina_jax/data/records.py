@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import resource
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -37,14 +38,17 @@ import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
+from google.protobuf.message import DecodeError
 from jaxtyping import BFloat16
 from ml_dtypes import bfloat16
 from tensorflow_datasets.proto import tf_example_pb2
 
 from lumina_jax import files
 from lumina_jax.data.buckets import Bucket
-from lumina_jax.data.captions import Caption
+from lumina_jax.data.captions import KINDS, Caption
+from lumina_jax.data.images import MAX_PIXELS, Rejected
 from lumina_jax.errors import InputError
+from lumina_jax.untrusted import MAX_WIDTH, read_json, text, whole
 from lumina_jax.version import __version__
 
 MANIFEST = "manifest.json"
@@ -54,44 +58,62 @@ MARKERS = ("settings.json", "fingerprint")  # say there whose it is: of prepare,
 FORMAT = 2
 REMAKE = "Make the dataset again with tools/prepare_data.py and --overwrite."
 _TFDS_FILES = ("dataset_info.json", "features.json", "LICENSE")
+DAMAGED = "damaged record"
 _ROWS_AT_ONCE = 64
+# What a manifest may say. A name that is a path would lead out of the directory.
+_SHARD_NAME = re.compile(r"pictures-train_\d+x\d+\.array_record-\d{5,}-of-\d{5,}", re.ASCII)
+_MAX_SIDE, _MAX_RECORDS, _MAX_BYTES = 2**16, 2**32, 2**48
+_MAX_FEATURES = 2**28  # numbers of one record's latents, or of a caption's features
 
 
 class Record:
-    """A stored record; what is not asked for stays in its bytes."""
+    """A stored record. Raises Rejected where the bytes are none; the picture stays in them.
+
+    Attributes:
+        id: of the picture.
+        captions: of it.
+        size: width and height of the original.
+    """
 
     def __init__(self, content: bytes):
-        self._example = tf_example_pb2.Example.FromString(content)
-        self._feature = self._example.features.feature
+        try:
+            self._example = tf_example_pb2.Example.FromString(content)
+            self._feature = self._example.features.feature
+            self.id = self._bytes("id").decode()
+            self.captions, self.size = self._captions(), self._size()
+        except (DecodeError, ValueError) as error:
+            raise Rejected(DAMAGED, str(error)) from error
 
     def _bytes(self, name: str) -> bytes:
-        return self._feature[name].bytes_list.value[0]
+        values = self._feature[name].bytes_list.value
+        if len(values) != 1:
+            raise Rejected(DAMAGED, f"{len(values)} values of {name}, and there is always one")
+        return values[0]
 
-    @property
-    def id(self) -> str:
-        return self._bytes("id").decode()
+    def _captions(self) -> tuple[Caption, ...]:
+        columns = [
+            [value.decode() for value in self._feature[f"captions/{name}"].bytes_list.value]
+            for name in Caption._fields
+        ]
+        captions = tuple(map(Caption._make, zip(*columns, strict=True)))
+        if unknown := {caption.kind for caption in captions} - set(KINDS):
+            raise Rejected(DAMAGED, f"a caption of kind {min(unknown)!r:.60}")
+        return captions
+
+    def _size(self) -> tuple[int, int]:
+        width, height = (self._feature[name].int64_list.value for name in ("width", "height"))
+        if len(width) != 1 or len(height) != 1 or min(*width, *height) < 1:
+            raise Rejected(DAMAGED, f"width {list(width)!s:.60} and height {list(height)!s:.60}")
+        return width[0], height[0]
 
     @property
     def source(self) -> str:
-        return self._bytes("source").decode()
+        return self._bytes("source").decode(errors="backslashreplace")
 
     @property
     def image(self) -> bytes:
         """The encoded picture, of exactly the bucket's size."""
         return self._bytes("image")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the original."""
-        return tuple(self._feature[name].int64_list.value[0] for name in ("width", "height"))
-
-    @property
-    def captions(self) -> tuple[Caption, ...]:
-        columns = [
-            [value.decode() for value in self._feature[f"captions/{name}"].bytes_list.value]
-            for name in Caption._fields
-        ]
-        return tuple(map(Caption._make, zip(*columns, strict=True)))
 
     @property
     def latents(self) -> bytes:
@@ -209,6 +231,12 @@ class CapFeatsCache:
         content = base64.b64decode(self.empty) if content is None else content
         return np.frombuffer(content, bfloat16).reshape(-1, self.feature_dim)
 
+    def check(self, record: "Record") -> None:
+        """Raises Rejected unless each caption of a record has features, of one token or more."""
+        sizes, row = [len(content) for content in record.cap_feats], 2 * self.feature_dim
+        if len(sizes) != len(record.captions) or any(s < row or s % row for s in sizes):
+            raise Rejected(DAMAGED, "its cap_feats are not those of its captions")
+
 
 CACHES = {"latents": LatentsCache, "cap_feats": CapFeatsCache}
 
@@ -227,6 +255,12 @@ class Manifest:
     fingerprint: str
     version: str = __version__  # of the code that wrote it
     cache: Mapping[str, LatentsCache | CapFeatsCache] = dataclasses.field(default_factory=dict)
+
+    def _size(self) -> tuple[int, int]:
+        width, height = (self._feature[name].int64_list.value for name in ("width", "height"))
+        if len(width) != 1 or len(height) != 1 or min(*width, *height) < 1:
+            raise Rejected(DAMAGED, f"width {list(width)!s:.60} and height {list(height)!s:.60}")
+        return width[0], height[0]
 
     @property
     def source(self) -> str:
@@ -299,46 +333,83 @@ class Manifest:
     def load(cls, directory: epath.PathLike) -> "Manifest":
         path = epath.Path(directory) / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, REMAKE)
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"{directory} is not a finished dataset: it has no {MANIFEST}. Make one with "
                 f"tools/prepare_data.py --output={directory}; its --help shows how."
                 f"{_elsewhere(directory)}"
             ) from None
-        except ValueError as error:
-            raise InputError(f"{path} is damaged ({error}). {REMAKE}") from error
         try:
-            if content["format"] != FORMAT:
-                raise InputError(
-                    f"{path} has format {content['format']}, written by lumina_jax "
-                    f"{content['version']}; this is {__version__}, which reads format {FORMAT}. "
-                    f"{REMAKE}"
-                )
-            splits = [
-                Split(
-                    bucket=Bucket(split["width"], split["height"]),
-                    shards=tuple(Shard(*shard) for shard in split["shards"]),
-                    caption_sets=tuple(
-                        CaptionSet(
-                            pairs=tuple(tuple(pair.split("/", 1)) for pair in c["captions"]),
-                            num_records=c["num_records"],
-                            example=c["example"],
-                        )
-                        for c in split["caption_sets"]
-                    ),
-                )
-                for split in content["splits"]
-            ]
-            cache = {
-                name: CACHES[name](**{key: value for key, value in made.items() if key != "dtype"})
-                for name, made in content["cache"].items()
-            }
-            names = ("settings", "license", "attribution", "fingerprint", "version")
-            given = {name: content[name] for name in names}
-            return cls(splits=tuple(splits), cache=cache, **given)
-        except (AttributeError, KeyError, TypeError) as error:
+            found, version = content["format"], content["version"]
+            if found == FORMAT:
+                return cls._from_json(content)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error!r}). {REMAKE}") from error
+        raise InputError(
+            f"{path} has format {found}, written by lumina_jax {version}; this is {__version__}, "
+            f"which reads format {FORMAT}. {REMAKE}"
+        )
+
+    @classmethod
+    def _from_json(cls, content: Mapping[str, Any]) -> "Manifest":
+        """Takes nothing on trust: it may come from others, and names files."""
+        names = ("license", "attribution", "fingerprint", "version")
+        settings, splits = content["settings"], tuple(map(_split, content["splits"]))
+        text(settings["source"])
+        for name in ("resolution", "pixels_per_token"):
+            whole(settings[name], 1, _MAX_SIDE)
+        cache = {name: _cache(name, made, splits) for name, made in content["cache"].items()}
+        given = {name: text(content[name]) for name in names}
+        return cls(splits=splits, settings=settings, cache=cache, **given)
+
+
+def _split(content: Mapping[str, Any]) -> Split:
+    width, height = (whole(content[side], 1, _MAX_SIDE) for side in ("width", "height"))
+    whole(width * height, 1, MAX_PIXELS)
+    return Split(
+        bucket=Bucket(width, height),
+        shards=tuple(_shard(*shard) for shard in content["shards"]),
+        caption_sets=tuple(
+            CaptionSet(
+                pairs=tuple(_pair(pair) for pair in c["captions"]),
+                num_records=whole(c["num_records"], 0, _MAX_RECORDS),
+                example=text(c["example"]),
+            )
+            for c in content["caption_sets"]
+        ),
+    )
+
+
+def _shard(name: Any, num_records: Any, num_bytes: Any) -> Shard:
+    if not _SHARD_NAME.fullmatch(text(name)):
+        raise ValueError(f"{name!r:.200} is not the name of a shard")
+    return Shard(name, whole(num_records, 0, _MAX_RECORDS), whole(num_bytes, 0, _MAX_BYTES))
+
+
+def _pair(pair: Any) -> tuple[str, str]:
+    kind, language = text(pair).split("/", 1)
+    return kind, language
+
+
+def _cache(name: str, made: Mapping, splits: Sequence[Split]) -> LatentsCache | CapFeatsCache:
+    cache = CACHES[name](**{key: value for key, value in made.items() if key != "dtype"})
+    text(cache.fingerprint)
+    if isinstance(cache, LatentsCache):
+        whole(cache.downscale, 1, _MAX_SIDE)
+        whole(cache.channels, 1, MAX_WIDTH)
+        for split in splits:
+            width, height = split.bucket.width, split.bucket.height
+            whole(width * height // cache.downscale**2 * cache.channels, 0, _MAX_FEATURES)
+    else:
+        text(cache.system_prompt)
+        whole(cache.num_truncated, 0, _MAX_BYTES)
+        row = 2 * whole(cache.feature_dim, 1, MAX_WIDTH)
+        whole(whole(cache.max_tokens, 1, MAX_WIDTH) * cache.feature_dim, 1, _MAX_FEATURES)
+        num_bytes = len(base64.b64decode(text(cache.empty), validate=True))
+        if num_bytes < row or num_bytes % row:
+            raise ValueError(f"{num_bytes} bytes of features of the empty text")
+    return cache
 
 
 def _elsewhere(directory: epath.PathLike) -> str:
@@ -406,7 +477,10 @@ class Records:
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[bytes]:
-        """Returns these records; those of a bucket are fetched in parallel."""
+        """Returns these records; those of a bucket are fetched in parallel.
+
+        Raises Rejected where one is damaged, and what ArrayRecord raises where it cannot be read.
+        """
         by_shard: dict[int, list[int]] = {}
         for row, index in enumerate(indices):
             by_shard.setdefault(bisect.bisect_right(self._ends, index), []).append(row)
@@ -415,8 +489,15 @@ class Records:
         def read(shard: int) -> None:
             rows, first = by_shard[shard], self._ends[shard - 1] if shard else 0
             reader, places = self._reader(shard), [indices[row] - first for row in rows]
-            # In one call they come over the network together; from a disk they come faster alone.
-            found = reader.read(places) if self.remote else (reader.read([p])[0] for p in places)
+            try:
+                # In one call they come over the network together; from a disk faster alone.
+                found = (
+                    reader.read(places) if self.remote else [reader.read([p])[0] for p in places]
+                )
+            except RuntimeError as error:
+                if "orrupted" in str(error):  # of ArrayRecord: a checksum does not fit
+                    raise Rejected(DAMAGED, str(error)) from error
+                raise
             for row, content in zip(rows, found, strict=True):
                 contents[row] = content
 

@@ -23,7 +23,8 @@ from jaxtyping import Int
 
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import KINDS, Caption, CaptionPolicy
-from lumina_jax.data.records import Record, Records, Split
+from lumina_jax.data.images import Rejected
+from lumina_jax.data.records import REMAKE, Record, Records, Split
 from lumina_jax.errors import InputError
 from lumina_jax.system_prompts import prefixed
 
@@ -109,11 +110,18 @@ class Padding:
 
 
 def read_some(directory: epath.PathLike, split: Split, rows: Sequence[int]) -> Iterator[Record]:
-    """Yields some records of a split, a few in memory at a time."""
+    """Yields some records of a split, a few in memory at a time; InputError if one is damaged."""
     records = Records(directory, split)
     for start in range(0, len(rows), _READ_AT_ONCE):
-        contents = records.read(rows[start : start + _READ_AT_ONCE])
-        yield from map(Record, contents)
+        places = rows[start : start + _READ_AT_ONCE]
+        try:
+            found = [Record(content) for content in records.read(places)]
+        except (Rejected, RuntimeError, ValueError, IndexError, OSError) as error:
+            raise InputError(
+                f"A record of {directory}, bucket {split.bucket}, of the numbers {places[0]} to "
+                f"{places[-1]}, cannot be read ({error}). {REMAKE}"
+            ) from error
+        yield from found
 
 
 def sample(

@@ -130,10 +130,16 @@ def cache_features(
                     before = num_cut()
                     stored = Records(source, dataclasses.replace(split, shards=(shard,)))
                     with records.shard_writer(path) as write:
-                        for record in _encoded(stored, split.bucket, encoders, batch_size):
-                            write(record)
-                            done += 1
-                            advance(done)
+                        try:
+                            for record in _encoded(stored, split.bucket, encoders, batch_size):
+                                write(record)
+                                done += 1
+                                advance(done)
+                        except images.Rejected as error:
+                            raise InputError(
+                                f"{source}/{shard.name} cannot be copied ({error}). "
+                                f"{records.REMAKE}"
+                            ) from error
                     files.write(counted, json.dumps(num_cut() - before))
                 else:
                     done += shard.num_records

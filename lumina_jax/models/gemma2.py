@@ -24,13 +24,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from lumina_jax import sharding
+from lumina_jax import sharding, untrusted
 from lumina_jax.errors import InputError
 from lumina_jax.models.layers import Projection
 from lumina_jax.models.stack import stack_blocks
 from lumina_jax.sharding import GEMMA2_RULES
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+_WIDTHS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "sliding_window",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,12 +64,22 @@ class Gemma2Config:
     dtype: str = "bfloat16"
 
     def __post_init__(self):
+        # Before anything is computed with them, or made of their size.
+        faults = untrusted.faults(vars(self), ("num_hidden_layers",), 2, untrusted.MAX_LAYERS)
+        faults += untrusted.faults(vars(self), _WIDTHS, 1, untrusted.MAX_WIDTH)
+        positive = ["rms_norm_eps", "rope_theta", "query_pre_attn_scalar"]
+        if self.attn_logit_softcapping is not None:
+            positive.append("attn_logit_softcapping")
+        faults += [
+            f"{name}={getattr(self, name)!r} must be a positive number"
+            for name in positive
+            if not untrusted.is_positive(getattr(self, name))
+        ]
+        if faults:
+            raise InputError("Gemma 2: " + "; ".join(faults) + ".")
         if not self.layer_types:
             types = tuple((SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers))
             object.__setattr__(self, "layer_types", types)
-        faults = []
-        if self.num_hidden_layers < 2:
-            faults.append(f"num_hidden_layers={self.num_hidden_layers} must be at least 2")
         if self.num_attention_heads % self.num_key_value_heads:
             faults.append(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -88,6 +102,8 @@ class Gemma2Config:
     def from_json(cls, config: Mapping[str, Any], **changes) -> "Gemma2Config":
         """The sizes in a config.json of transformers, of any of its versions, and `changes`."""
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise InputError(f"Its config.json gives rotations as {rope!r:.60}; needed: an object.")
         given = {
             "model_type": config.get("model_type"),
             "hidden_activation": config.get("hidden_activation") or "gelu_pytorch_tanh",
@@ -113,13 +129,18 @@ class Gemma2Config:
             if field.name == "dtype":
                 continue  # that of the file, not of the computation
             if field.name == "layer_types":
-                sizes[field.name] = tuple(value or ())
+                is_list = isinstance(value, list | tuple) and all(isinstance(t, str) for t in value)
+                if value and not is_list:
+                    faults.append(f"layer_types={value!r:.60} (needed: a list of names)")
+                sizes[field.name] = tuple(value) if value and is_list else ()
             elif field.name == "attn_logit_softcapping" and value is None:
                 sizes[field.name] = None
-            elif value is None:
-                faults.append(f"{field.name}=None (needed: a number)")
-            else:
+            elif not isinstance(value, int | float):
+                faults.append(f"{field.name}={value!r:.60} (needed: a number)")
+            elif untrusted.is_positive(value) and int(value) == value:  # of some versions 4096.0
                 sizes[field.name] = type(field.default)(value)
+            else:
+                sizes[field.name] = value
         if faults:
             raise InputError(
                 f"Its config.json describes another network than Gemma 2: {', '.join(faults)}. "

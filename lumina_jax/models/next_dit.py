@@ -12,14 +12,14 @@ F text features, A width of the condition, L layers, M numbers that modulate a l
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lumina_jax import sharding
+from lumina_jax import sharding, untrusted
 from lumina_jax.errors import InputError
 from lumina_jax.models import quantized, rope
 from lumina_jax.models.attention import IMPLEMENTATIONS, choose, reorder, tokens_first
@@ -28,6 +28,9 @@ from lumina_jax.models.embed import CaptionEmbedder, TimestepEmbedder
 from lumina_jax.models.merging import find_groups, merge, restore, take
 from lumina_jax.models.stack import REMAT_POLICIES, scan_blocks, stack_blocks
 from lumina_jax.types import ImageTokens
+
+_COUNTS = ("num_layers", "num_refiner_layers", "num_heads", "num_kv_heads", "patch_size")
+_WIDTHS = ("dim", "hidden_dim", "in_channels", "cap_feat_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +55,19 @@ class NextDiTConfig:
     quantization: str = "none"
 
     def __post_init__(self):
-        object.__setattr__(self, "axes_dims", tuple(self.axes_dims))
-        faults = []
-        for name in ("num_layers", "num_refiner_layers"):
-            if getattr(self, name) < 1:
-                faults.append(f"{name}={getattr(self, name)} must be at least 1")
+        object.__setattr__(self, "axes_dims", _tuple(self.axes_dims))
+        # Before anything is computed with them, or made of their size.
+        faults = untrusted.faults(vars(self), _COUNTS, 1, untrusted.MAX_LAYERS)
+        faults += untrusted.faults(vars(self), _WIDTHS, 1, untrusted.MAX_WIDTH)
+        for name in ("norm_eps", "rope_theta"):
+            if not untrusted.is_positive(getattr(self, name)):
+                faults.append(f"{name}={getattr(self, name)!r} must be a positive number")
+        if len(self.axes_dims) != 3 or any(
+            not untrusted.is_whole(dim, 0, untrusted.MAX_WIDTH) or dim % 2 for dim in self.axes_dims
+        ):
+            faults.append(f"axes_dims={self.axes_dims} must be three even numbers")
+        if faults:
+            raise InputError("config.model: " + "; ".join(faults) + ".")
         if self.dim % self.num_heads:
             low = self.dim // self.num_heads * self.num_heads
             faults.append(
@@ -72,8 +83,6 @@ class NextDiTConfig:
             faults.append(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if len(self.axes_dims) != 3 or any(dim % 2 for dim in self.axes_dims):
-            faults.append(f"axes_dims={self.axes_dims} must be three even numbers")
         if self.attention not in IMPLEMENTATIONS:
             faults.append(
                 f"attention={self.attention!r} is not one of {', '.join(IMPLEMENTATIONS)}"
@@ -110,6 +119,11 @@ class NextDiTConfig:
     @property
     def cond_dim(self) -> int:
         return min(self.dim, 1024)
+
+
+def _tuple(value: Any) -> tuple:
+    """Of what should be a sequence; anything else is refused where it is looked at."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 # The official factories (their model.py); only 2b has released weights. `tiny` is ours: it learns

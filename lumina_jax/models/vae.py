@@ -30,13 +30,14 @@ from einops import rearrange
 from flax import nnx, traverse_util
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lumina_jax import sharding
+from lumina_jax import sharding, untrusted
 from lumina_jax.errors import InputError
 
 # Pixels that go through the network at a time, on each part of the mesh: one picture of 1024 px.
 PIXELS_AT_ONCE = 1024**2
 # Scores of attention that exist at a time, for each picture: 256 MiB in float32.
 SCORES_AT_ONCE = 2**26
+MAX_LEVELS = 8  # each halves the sides; released autoencoders have 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,23 +54,34 @@ class VAEConfig:
     dtype: str = "bfloat16"  # of the computation; statistics of the norms are float32 always
 
     def __post_init__(self):
-        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
-        faults = [
-            f"{name}={getattr(self, name)} must be at least 1"
-            for name in ("layers_per_block", "latent_channels", "norm_num_groups")
-            if getattr(self, name) < 1
-        ]
-        if not self.block_out_channels:
-            faults.append("block_out_channels is empty; name a width for each level")
-        if self.norm_num_groups > 0 and any(
-            width < 1 or width % self.norm_num_groups for width in self.block_out_channels
+        widths = self.block_out_channels
+        widths = tuple(widths) if isinstance(widths, list | tuple) else (widths,)
+        object.__setattr__(self, "block_out_channels", widths)
+        # Before anything is computed with them, or made of their size.
+        faults = untrusted.faults(vars(self), ("layers_per_block",), 1, untrusted.MAX_LAYERS)
+        counts = ("latent_channels", "norm_num_groups")
+        faults += untrusted.faults(vars(self), counts, 1, untrusted.MAX_WIDTH)
+        if not 0 < len(widths) <= MAX_LEVELS:
+            faults.append(
+                f"block_out_channels {f'names {len(widths)} widths' if widths else 'is empty'}; "
+                f"name one for each level, of which there are 1 to {MAX_LEVELS}"
+            )
+        elif not faults and any(
+            not untrusted.is_whole(width, 1, untrusted.MAX_WIDTH) or width % self.norm_num_groups
+            for width in widths
         ):
             faults.append(
-                f"block_out_channels={self.block_out_channels} must be multiples of "
-                f"norm_num_groups={self.norm_num_groups}"
+                f"block_out_channels={widths} must be multiples of "
+                f"norm_num_groups={self.norm_num_groups}, up to {untrusted.MAX_WIDTH:,}"
             )
-        if self.scaling_factor <= 0:
+        if not isinstance(self.mid_block_add_attention, bool):
+            faults.append(
+                f"mid_block_add_attention={self.mid_block_add_attention!r} is not true or false"
+            )
+        if not untrusted.is_positive(self.scaling_factor):
             faults.append(f"scaling_factor={self.scaling_factor} must be positive")
+        if not untrusted.is_finite(self.shift_factor):
+            faults.append(f"shift_factor={self.shift_factor} must be a finite number")
         if self.dtype not in ("float32", "bfloat16"):
             faults.append(f"dtype={self.dtype!r} is not one of float32, bfloat16")
         if faults:
@@ -86,6 +98,19 @@ class VAEConfig:
     def from_json(cls, config: Mapping[str, Any], **changes) -> "VAEConfig":
         """From diffusers' config.json; refuses what this network cannot be."""
         given = {**_DIFFUSERS_DEFAULTS, **config}
+        lists = ("block_out_channels", "down_block_types", "up_block_types")
+        faults = [
+            f"{name} is {given[name]!r:.60}, needed a list"
+            for name in lists
+            if not isinstance(given[name], list | tuple)
+        ]
+        faults += [
+            f"{name} is {given[name]!r:.60}, needed a number"
+            for name in ("scaling_factor", "shift_factor")
+            if not untrusted.is_finite(given[name] or 0)
+        ]
+        if faults:
+            raise InputError(f"This autoencoder's config.json is damaged: {'; '.join(faults)}.")
         levels = len(given["block_out_channels"])
         needed = {**_SUPPORTED}
         for name in ("down_block_types", "up_block_types"):
@@ -103,7 +128,7 @@ class VAEConfig:
             )
         names = {field.name for field in dataclasses.fields(cls)} & given.keys()
         sizes = {name: given[name] for name in names}
-        sizes["scaling_factor"] = float(given["scaling_factor"])
+        sizes["scaling_factor"] = float(given["scaling_factor"] or 0)
         sizes["shift_factor"] = float(given["shift_factor"] or 0)
         return cls(**{**sizes, **changes})
 

@@ -34,8 +34,10 @@ from lumina_jax.models.next_dit import (
 from lumina_jax.sampling import caching
 from lumina_jax.sampling.guidance import guide
 from lumina_jax.sampling.solvers import SOLVERS, evaluations, mix
+from lumina_jax.untrusted import is_finite
 
 SEMANTICS = ("official", "diffusers")
+MAX_STEPS = 10_000  # the grid of times and what follows from it are made before drawing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,9 +91,26 @@ class SamplerConfig:
     proportional_attention: bool = False
 
     def __post_init__(self):
-        for name in ("cache_coefficients", "merge_layers", "merge_steps"):
-            object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
         faults = []
+        for name in ("cache_coefficients", "merge_layers", "merge_steps"):
+            values = tuple(getattr(self, name))
+            if all(map(is_finite, values)):
+                object.__setattr__(self, name, tuple(map(float, values)))
+            else:
+                faults.append(f"{name}={values} must be numbers")
+        # What is no number is neither below nor above a bound.
+        faults += [
+            f"{name}={getattr(self, name)} must be a finite number"
+            for name in (
+                "guidance_scale", "guidance_truncation", "guidance_renorm", "time_shift",
+                "cache_threshold", "merge_ratio", "rope_watershed",
+            )
+            if not is_finite(getattr(self, name))
+        ]  # fmt: skip
+        if self.num_steps > MAX_STEPS:
+            faults.append(f"num_steps={self.num_steps} is more than {MAX_STEPS:,}")
+        if faults:
+            raise InputError("sampling: " + "; ".join(faults) + ".")
         if self.semantics not in SEMANTICS:
             faults.append(f"semantics={self.semantics!r} is not one of {', '.join(SEMANTICS)}")
         elif self.num_intervals < 1:

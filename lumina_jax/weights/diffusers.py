@@ -14,10 +14,13 @@ import shutil
 import uuid
 from typing import Any
 
+from lumina_jax import untrusted
 from lumina_jax.errors import InputError
 from lumina_jax.models.next_dit import NextDiTConfig
+from lumina_jax.models.vae import MAX_LEVELS
 from lumina_jax.weights import files, next_dit
 
+_REMEDY = "Download all of the pipeline."
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja")
 _PIPELINES = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")  # the second is the older name
 _PARTS = {
@@ -50,8 +53,8 @@ def open_folder(path: str) -> pathlib.Path:
             f"{folder} is no diffusers pipeline: it has no model_index.json. Give the folder that "
             f"holds {', '.join(_PARTS)}."
         )
-    if (name := json.loads(index.read_text()).get("_class_name")) not in _PIPELINES:
-        raise InputError(f"{folder} is a {name}; needed: {_PIPELINES[0]}.")
+    if (name := untrusted.read_json(index, _REMEDY).get("_class_name")) not in _PIPELINES:
+        raise InputError(f"{folder} is a {name!r:.60}; needed: {_PIPELINES[0]}.")
     if missing := [part for part in _PARTS if not (folder / part).is_dir()]:
         raise InputError(f"{folder} lacks {', '.join(missing)}. Download all of it.")
     return folder
@@ -69,8 +72,18 @@ def sampling_section(folder: pathlib.Path) -> dict[str, Any]:
             f"grid."
         )
     transformer, vae = _json(folder / "transformer/config.json"), _json(folder / "vae/config.json")
-    side = transformer["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    return {"time_shift": float(scheduler["shift"]), "height": side, "width": side}
+    levels, size, shift = (
+        vae.get("block_out_channels"), transformer.get("sample_size"), scheduler.get("shift")
+    )  # fmt: skip
+    faults = untrusted.faults({"sample_size": size}, ["sample_size"], 1, untrusted.MAX_WIDTH)
+    if not isinstance(levels, list) or not 0 < len(levels) <= MAX_LEVELS:
+        faults.append(f"block_out_channels: {levels!r:.60} is not a list of 1 to {MAX_LEVELS}")
+    if not untrusted.is_positive(shift):
+        faults.append(f"shift: {shift!r:.60} is not a positive number")
+    if faults:
+        raise InputError(f"The configs of {folder} are damaged: {'; '.join(faults)}. {_REMEDY}")
+    side = size * 2 ** (len(levels) - 1)
+    return {"time_shift": float(shift), "height": side, "width": side}
 
 
 def save_folder(
@@ -136,8 +149,8 @@ def _copy(source: pathlib.Path, target: pathlib.Path, patterns: tuple[str, ...])
 
 def _json(path: pathlib.Path) -> dict:
     if not path.exists():
-        raise InputError(f"{path} is missing. Download all of the pipeline.")
-    return json.loads(path.read_text())
+        raise InputError(f"{path} is missing. {_REMEDY}")
+    return untrusted.read_json(path, _REMEDY)
 
 
 def _write_json(path: pathlib.Path, content: dict) -> None:

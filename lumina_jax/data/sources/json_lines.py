@@ -29,6 +29,7 @@ from lumina_jax.errors import InputError
 PATH_KEYS = ("image_path", "path", "image", "image_url", "file_name")
 BYTES_PER_PART = 2**18  # about a thousand rows
 MAX_LINE = 2**24  # bytes; a file without line ends is not taken into memory
+MAX_LIST = 2**31  # bytes
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 
 
@@ -51,6 +52,11 @@ class JsonSource(CaptionedSource):
             fs, file = open_filesystem(path)
             if path.lower().endswith(".json"):
                 # A list has no row ends to look for, so it is read once as a whole.
+                if fs.size(file) > MAX_LIST:
+                    raise InputError(
+                        f"{path} has more than {MAX_LIST:,} bytes, and a list is read as a whole. "
+                        "Write one object a line, into a file that ends in .jsonl."
+                    )
                 with fs.open(file, "rb") as stream:
                     bounds = _list_bounds(stream.read(), path)
             else:

@@ -18,7 +18,7 @@ from typing import Any
 from lumina_jax.data.captions import KINDS, Caption
 from lumina_jax.data.images import Rejected
 from lumina_jax.data.sources.base import Item
-from lumina_jax.data.sources.reading import parse_object, safe_id, short
+from lumina_jax.data.sources.reading import parse_object, safe_id, short, without_secrets
 from lumina_jax.errors import InputError
 
 CAPTION_KEYS = ("prompt", "caption", "text", "captions", "super_high_quality_caption")
@@ -72,6 +72,7 @@ class CaptionedSource:
     def settings(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["license"], fields["attribution"]  # they change no picture
+        fields = {k: without_secrets(v) if isinstance(v, str) else v for k, v in fields.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def caption_keys(self, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -99,7 +100,10 @@ class CaptionedSource:
             value = metadata[key]
             # A key that was not asked for may mean another thing: a longitude is called long.
             if self.captions or not isinstance(value, int | float):
-                found.extend(_captions(value, kind, language, key))
+                try:
+                    found.extend(_captions(value, kind, language, key))
+                except RecursionError:
+                    raise Rejected("bad caption", f"{key}: lists in lists in lists") from None
         if not found:
             raise Rejected("no caption", f"keys given: {', '.join(metadata) or 'none'}"[:200])
         return tuple(dict.fromkeys(found))
@@ -161,7 +165,7 @@ def make_item(
 
 
 def faulty(name: str, fault: Rejected) -> Item:
-    return Item(safe_id(name), None, fault=fault)
+    return Item(safe_id(name), None, fault=Rejected(fault.reason, without_secrets(fault.detail)))
 
 
 def scores_of(metadata: Mapping[str, Any]) -> dict[str, float]:

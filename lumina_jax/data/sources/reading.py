@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +24,13 @@ from lumina_jax.errors import InputError
 MAX_BYTES = 2**28  # of one picture or caption file; what is larger was not meant to be one
 _WILD = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+# What stands before the host of a URL, and values behind ? and & whose names say what they are.
+_USER = re.compile(r"(\w://)[^\s/@]+@")
+_SIGNATURE = re.compile(
+    r"([?&][\w.%-]*(?:sig|token|secret|password|passwd|credential|api-?_?key|accesskey\w*)[\w.%-]*=)"
+    r"[^&\s]+",
+    re.IGNORECASE,
+)
 _NUM_LOOKUPS = 32  # at the same time, since a store answers each after tens of milliseconds
 # Of a path that names no file, whatever is tried again; "" and a caption in the place of a path are
 # such too.
@@ -146,7 +154,10 @@ def read_file(path: str) -> bytes:
 
 
 def read_from(fs: fsspec.AbstractFileSystem, name: str) -> bytes:
+    """Returns the content of a file; raises Rejected when there is none, or none that ends."""
     try:
+        if isinstance(fs, LocalFileSystem) and _is_endless(name):
+            raise Rejected("not a file", f"{name} is a pipe, a socket or a device")
         with fs.open(name, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
@@ -156,6 +167,15 @@ def read_from(fs: fsspec.AbstractFileSystem, name: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise Rejected("too large", f"{name} has more than {MAX_BYTES:,} bytes")
     return content
+
+
+def _is_endless(name: str) -> bool:
+    """Whether this is a pipe, which would be waited for, or a device, which goes on and on."""
+    try:
+        mode = os.stat(name).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def parse_object(content: bytes | str) -> dict[str, Any]:
@@ -175,5 +195,14 @@ def short(value: Any) -> str:
 
 
 def safe_id(name: str) -> str:
-    """Returns a name that can be written: file names and JSON may hold what UTF-8 cannot."""
-    return name.encode(errors="backslashreplace").decode()
+    """Returns a name that can be written, and shown to anybody.
+
+    File names and JSON may hold what UTF-8 cannot, and URLs what opens their store.
+    """
+    return without_secrets(name).encode(errors="backslashreplace").decode()
+
+
+def without_secrets(text: str) -> str:
+    """Returns a text without the passwords, keys and signatures of the URLs in it."""
+    text = _USER.sub(r"\1***@", text) if "@" in text else text
+    return _SIGNATURE.sub(r"\1***", text) if "=" in text else text

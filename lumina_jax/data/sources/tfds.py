@@ -16,6 +16,7 @@ from lumina_jax.data.records import MANIFEST, Manifest
 from lumina_jax.data.sources.base import Item, Part
 from lumina_jax.data.sources.metadata import CaptionedSource, faulty, make_item
 from lumina_jax.errors import InputError
+from lumina_jax.untrusted import read_json
 
 RECORDS_PER_PART = 1000
 _RECORDS_AT_ONCE = 16  # read together: one at a time is tens of times slower
@@ -112,6 +113,7 @@ class TfdsSource(CaptionedSource):
                 f"{' and no '.join(sorted(missing))}. Give the directory of one version, such as "
                 ".../coco_captions/2014/1.1.0."
             )
+        _check_features(path / "features.json")
         builder = tfds.builder_from_directory(path)
         named = {name for split in builder.info.splits.values() for name in split.filenames}
         if missing := sorted(named - present):
@@ -147,6 +149,23 @@ class TfdsSource(CaptionedSource):
         return image, tfds.features.FeaturesDict(
             {name: features[name] for name in dict.fromkeys([image, *captions, *needed])}
         )
+
+
+def _check_features(file: epath.Path) -> None:
+    """Refuses features of other packages: TFDS imports the module that the file names."""
+    waiting: list[Any] = [read_json(file, "Copy it again.")]
+    while waiting:
+        value = waiting.pop()
+        children = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, child in children:
+            if key in ("type", "pythonClassName", "python_class_name") and isinstance(child, str):
+                if not child.startswith("tensorflow_datasets.core.features."):
+                    raise InputError(
+                        f"{file} has a feature of the class {child!r:.200}, which would be "
+                        "imported; needed: features of TFDS itself. Prepare the data without it."
+                    )
+            elif isinstance(child, dict | list):
+                waiting.append(child)
 
 
 def _records(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[Any]:

@@ -6,7 +6,9 @@ unpacked, and one sample is in memory at a time.
 """
 
 import dataclasses
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -21,7 +23,14 @@ from lumina_jax.data.sources.metadata import (
 from lumina_jax.data.sources.reading import MAX_BYTES, list_files, open_filesystem
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_MAX_NAME = 2**20  # bytes of what stands before a member: a long name, other attributes
+_NAME_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 _NO_END = "no end mark"
+# Of tarfile, and of gzip, bzip2 and xz below it, which pass some of theirs on.
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
 _CUT = (_NO_END, "unexpected end of data")  # the second is tarfile's
 
 
@@ -52,8 +61,10 @@ class WebDatasetSource(CaptionedSource):
                         yield self._item(f"{archive}/{sample_key}", sample)
                         sample = {}
                     sample_key = key
+                    if _size(content) + sum(map(_size, sample.values())) > MAX_BYTES:
+                        content = Rejected("too large", f"{key} has more than {MAX_BYTES:,} bytes")
                     sample[suffix] = content
-            except tarfile.TarError as error:
+            except _DAMAGE as error:
                 kind = "truncated" if str(error) in _CUT else "damaged"
                 fault = Rejected(f"{kind} archive", str(error))
         if sample:
@@ -102,12 +113,24 @@ class WebDatasetSource(CaptionedSource):
                 yield folder + slash + stem, suffix, content
 
 
+def _size(content: bytes | Rejected | None) -> int:
+    return len(content) if isinstance(content, bytes) else 0
+
+
 class _Header(tarfile.TarInfo):
     """The header of a member. One that is damaged or missing is an error.
 
     Python itself takes it for the end of the archive, and the rest would be lost in silence. A
     block of zeros is the end; after it there may be another archive (`cat a.tar b.tar`).
     """
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        """Refuses a name that is longer than a name can be: tarfile reads it at once."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _NAME_HEADERS and header.size > _MAX_NAME:
+            raise tarfile.InvalidHeaderError(f"a header of {header.size:,} bytes")
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
