@@ -34,6 +34,10 @@ from lumina_jax.sampling.sampler import SamplerConfig
 
 MAX_PICTURES = 8  # of a drawing: fewer than lumina_jax.sample draws in one batch
 MAX_WAITING = 20
+# What the page's own fields keep to, and a program that sends a form need not.
+MAX_TEXT = 10_000  # letters of a prompt; the text encoders read a few hundred words
+MAX_STEPS = 1000
+MAX_SIDE = 8192  # pixels
 # Random ones are short enough to be read aloud.
 NUM_RANDOM_SEEDS = 1_000_000
 # Width to height of the sizes that are offered.
@@ -83,6 +87,8 @@ def read(form: Mapping[str, Any], pipeline: Pipeline) -> Order:
         if form[name] is None:
             raise InputError(f"The field {name.replace('_', ' ')} is empty: give a number.")
     num, height, width = (int(form[name]) for name in ("num_pictures", "height", "width"))
+    if fault := _excess(form, num, height, width):
+        raise InputError(f"{fault}.")
     pipeline.check_size(height, width)
     last = 2**32 - num
     seed = secrets.randbelow(NUM_RANDOM_SEEDS) if form["random"] else int(form["seed"])
@@ -111,6 +117,22 @@ def read(form: Mapping[str, Any], pipeline: Pipeline) -> Order:
         strength=strength,
         preview=form["preview"],
     )
+
+
+def _excess(form, num, height, width):
+    """What of a form is more than the page draws; None if nothing is."""
+    for name in ("prompt", "negative_prompt", "system_prompt"):
+        if len(form[name] or "") > MAX_TEXT:
+            return f"The {name.replace('_', ' ')} has more than {MAX_TEXT:,} letters"
+    for name, number, most in (
+        ("number of pictures", num, MAX_PICTURES),
+        ("height", height, MAX_SIDE),
+        ("width", width, MAX_SIDE),
+        ("number of steps", form.get("num_steps") or 1, MAX_STEPS),
+    ):
+        if not 1 <= number <= most:
+            return f"The {name} is {number}; the page draws 1 to {most:,}"
+    return None
 
 
 def read_start(

@@ -1,5 +1,6 @@
 """The page to draw with: its orders without a browser, and all of it in a real one."""
 
+import asyncio
 import contextlib
 import io
 import os
@@ -93,6 +94,13 @@ def test_a_random_seed_is_another_each_time(pipeline):
         ({"num_steps": 1}, "num_steps=1 leaves no interval"),
         ({"cache_threshold": 0.1, "cache_interval": 2}, "two ways to choose"),
         ({"merge_ratio": 0.9}, "merge_ratio=0.9 is not between 0 and 0.75"),
+        # What the page's own fields cannot say.
+        ({"prompt": "x" * 10_001}, "The prompt has more than 10,000 letters"),
+        ({"negative_prompt": "x" * 10_001}, "The negative prompt has more than 10,000 letters"),
+        ({"num_pictures": 9}, "The number of pictures is 9; the page draws 1 to 8"),
+        ({"num_pictures": 0}, "The number of pictures is 0"),
+        ({"height": 10**6}, "The height is 1000000; the page draws 1 to 8,192"),
+        ({"num_steps": 10**6}, "The number of steps is 1000000"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_words(pipeline, changes, message):
@@ -284,6 +292,71 @@ def test_a_taken_port_and_a_foreign_host_are_refused():
         demo.check_free("192.0.2.1", port)
 
 
+def asked(names, kind="http", **headers):
+    """What a server of these names answers to a request."""
+    answers = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        answers.append(message)
+
+    scope = {"type": kind, "headers": [(k.encode(), v.encode()) for k, v in headers.items()]}
+    asyncio.run(demo.OwnPageOnly(app, names)(scope, None, send))
+    return answers[0]["status"]
+
+
+def test_a_page_of_another_name_is_refused():
+    here = demo.known_names("127.0.0.1", [])
+    assert asked(here, host="127.0.0.1:7860") == 200
+    assert asked(here, host="localhost:7860", origin="http://localhost:7860") == 200
+    assert asked(here, host="[::1]:7860") == 200
+    # Its own name, at the address of this machine; and a page that sends a form of its own.
+    assert asked(here, host="evil.example:7860") == 403
+    for origin in ("https://evil.example", "null", "http://127.0.0.1.evil.example", "http://[::"):
+        assert asked(here, host="127.0.0.1:7860", origin=origin) == 403
+    assert asked(here) == 403
+
+
+def test_a_proxy_gives_the_page_another_name():
+    proxied = demo.known_names("127.0.0.1", ["lumina.example"])
+    assert asked(proxied, host="lumina.example", origin="https://lumina.example") == 200
+    assert asked(proxied, host="other.example") == 403
+    everybody = demo.known_names("0.0.0.0", [])
+    assert asked(everybody, host="any.example") == 200
+    assert asked(everybody, host="any.example", origin="https://evil.example") == 403
+    assert asked(demo.known_names("0.0.0.0", ["a"]), host="any.example") == 403
+
+
+def test_uploads_are_pictures_of_few_formats_and_of_bounded_size():
+    script = """
+import io, struct, zlib
+from PIL import Image
+from tools import demo
+kinds = {kind: io.BytesIO() for kind in ("PNG", "BMP", "EPS", "TIFF")}
+for kind, file in kinds.items():
+    Image.new("RGB", (4, 4)).save(file, kind)
+demo.limit_uploads()
+for kind, file in kinds.items():
+    try:
+        Image.open(io.BytesIO(file.getvalue()))
+        print("opened", kind)
+    except Image.UnidentifiedImageError:
+        pass
+file = io.BytesIO()
+Image.new("1", (9000, 9000)).save(file, "PNG")
+try:
+    Image.open(io.BytesIO(file.getvalue()))
+except Image.DecompressionBombError:
+    print("too large")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[:-1] == ["opened PNG", "too large"]
+
+
 @pytest.fixture
 def environment():
     """What a test puts into it is taken out again."""
@@ -346,6 +419,35 @@ def url(tmp_path_factory):
     }
     with running(command, url, **environment):
         yield url
+
+
+def test_the_page_lets_in_this_machine_alone(url):
+    port = int(url.rstrip("/").rpartition(":")[2])
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for line in pathlib.Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            address, _, number = local.partition(":")
+            if state == "0A" and int(number, 16) == port:
+                listening.append(address)
+    assert listening == ["0100007F"]  # 127.0.0.1
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("", {"Host": "evil.example"}),
+        ("", {"Origin": "https://evil.example"}),
+        ("gradio_api/file=/etc/passwd", {}),
+        ("gradio_api/file=../../../../../../etc/passwd", {}),
+        (f"gradio_api/file={ROOT}/pyproject.toml", {}),
+    ],
+)
+def test_the_page_gives_strangers_and_strange_files_nothing(url, path, headers):
+    asked = urllib.request.Request(url + path, headers=headers)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked, timeout=60)
+    assert refused.value.code in (403, 404)
 
 
 BROWSER = """
@@ -520,6 +622,20 @@ def test_a_visitor_sees_a_picture_grow_and_the_command_draws_the_same(page, tmp_
 
 
 @pytest.mark.slow
+def test_markup_in_a_prompt_is_letters_everywhere_on_the_page(page):
+    """In the picture's text, the news, the gallery's captions and the command."""
+    prompt = '"><img src=x onerror="window.executed=1"><script>window.executed=1</script>'
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.get_by_label("Negative prompt").fill("${window.executed=1} </textarea>" + prompt)
+    page.get_by_role("button", name="Draw").click()
+    page.get_by_text("Drawn in").wait_for()
+    assert page.locator("#result .stage img").last.get_attribute("alt") == prompt
+    page.locator("#gallery img").first.click()
+    assert page.get_by_text("<script>").count()
+    assert page.evaluate("window.executed") is None
+    assert page.locator("img[src=x]").count() == 0
+
+
 def test_an_untouched_page_asks_for_the_settings_of_the_checkpoint(page, url):
     page.get_by_role("button", name="Begin from a picture").click()
     page.get_by_label("Prompt", exact=True).fill("cat")

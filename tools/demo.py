@@ -17,11 +17,13 @@ import socket
 import sys
 import tempfile
 import threading
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
 from absl import flags, logging
+from PIL import Image
 
 from lumina_jax import checkpoint, cli, demo_page, executables, sample, system_prompts
 from lumina_jax.data.buckets import Bucket
@@ -32,6 +34,9 @@ from lumina_jax.sampling.sampler import SEMANTICS
 from lumina_jax.sampling.solvers import SOLVERS
 
 MAX_UPLOAD = "30mb"
+MAX_UPLOAD_PIXELS = 50_000_000
+# Gradio opens what is uploaded with Pillow, which knows dozens of formats, some of them programs.
+UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
 # Offered where a checkpoint has no prompts of its own.
 PROMPTS = (
     "A red fox in deep snow looks at the camera, late afternoon light, a birch forest behind it",
@@ -48,6 +53,7 @@ SHARED_FLAGS = (
 def define_flags() -> None:
     sample.define_model_flags()
     flags.DEFINE_string("host", "127.0.0.1", "Who is let in: this machine. 0.0.0.0: everybody.")
+    flags.DEFINE_list("names", [], "Names that a proxy in front of the page goes by; any with *.")
     flags.DEFINE_integer("port", 7860, "Of the page.", lower_bound=1, upper_bound=65535)
 
 
@@ -367,6 +373,55 @@ def import_gradio(folder: str, host: str) -> Any:
     return gradio
 
 
+def limit_uploads() -> None:
+    """Lets Pillow, in this process, open few formats and no giant pictures."""
+    Image.init()
+    Image.ID[:] = UPLOAD_FORMATS
+    Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS // 2  # it refuses what has more than twice as many
+
+
+def known_names(host: str, names: Sequence[str]) -> set[str]:
+    """The names under which browsers may ask for the page; "*" is any.
+
+    Without this, a page elsewhere on the web could give its own name the address of this machine,
+    and would then be taken by the browser for a part of the page.
+    """
+    is_local = host == "localhost" or host.startswith("127.") or host == "::1"
+    return {*names, host, "localhost", "127.0.0.1", "::1"} if is_local or names else {"*"}
+
+
+class OwnPageOnly:
+    """Refuses requests for another name, and those that a page of another name sends.
+
+    An ASGI middleware. What no browser sends has no Origin, and is not asked for one.
+    """
+
+    def __init__(self, app: Any, names: set[str]):
+        self._app, self._names = app, names
+
+    async def __call__(self, scope, receive, send):
+        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope.get("headers", ())}
+        if scope["type"] == "http" and not self._is_own(headers):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"This page has another name."})
+            return
+        await self._app(scope, receive, send)
+
+    def _is_own(self, headers: Mapping[str, str]) -> bool:
+        name = _name_of(f"//{headers.get('host', '')}")
+        if "*" not in self._names and name not in self._names:
+            return False
+        return "origin" not in headers or _name_of(headers["origin"]) == name
+
+
+def _name_of(url: str) -> str | None:
+    """Of a host, without its port; None where there is none, as of the origin "null"."""
+    try:
+        return urllib.parse.urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
 def check_free(host: str, port: int) -> None:
     """Refuses an address that cannot be had, before a model is read."""
     try:
@@ -387,6 +442,9 @@ def main() -> None:
     # Whatever visitors leave is in here.
     with tempfile.TemporaryDirectory(prefix="lumina_jax_demo_") as folder:
         gr = import_gradio(folder, args.host)
+        from starlette.middleware import Middleware  # of gradio
+
+        limit_uploads()
         check_free(args.host, args.port)
         executables.use_cache(args.cache_directory, default=sample.cache_directory())
         pipeline, weights = sample.open_pipeline(args)
@@ -412,6 +470,9 @@ def main() -> None:
             server_name=args.host, server_port=args.port, share=False, quiet=True,
             prevent_thread_lock=True, ssr_mode=False, enable_monitoring=False, run_history=False,
             footer_links=[], max_file_size=MAX_UPLOAD, theme=theme, css=CSS,
+            app_kwargs={
+                "middleware": [Middleware(OwnPageOnly, known_names(args.host, args.names))]
+            },
         )  # fmt: skip
         print(f"The page is at {address}", flush=True)
         try:
