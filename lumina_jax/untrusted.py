@@ -66,7 +66,9 @@ def text(value: Any) -> str:
     return value
 
 
-def faults(values: Mapping[str, Any], names: Iterable[str], least: int, most: int) -> list[str]:
+def number_faults(
+    values: Mapping[str, Any], names: Iterable[str], least: int, most: int
+) -> list[str]:
     """What is wrong with these of the values, each to be a whole number of the bounds."""
     return [
         f"{name}={_short(values[name])} must be at least {least}, at most {most:,}, and whole"

@@ -1,6 +1,7 @@
 """Learning rate, decay and average by hand; optimizers against torch, optax and an SVD."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +235,12 @@ def test_the_average_forgets_its_start_then_follows_slowly():
         ({"muon_momentum": 1.5}, r"muon_momentum=1.5 must be in \[0, 1\)"),
         ({"moment_dtype": "bfloat16", "b2": 0.999}, "lower the decay or take float32"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must not be negative"),
+        ({"warmup_steps": 2**31}, "warmup_steps=2147483648 must .* below 2147483647"),
+        ({"learning_rate": math.nan}, "learning_rate=nan .* must be positive"),
+        ({"learning_rate": math.inf}, "learning_rate=inf .* must be positive"),
+        ({"grad_clip": math.nan}, "grad_clip=nan must be positive"),
+        ({"eps": math.nan}, "eps=nan must be zero or more"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be zero or more"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

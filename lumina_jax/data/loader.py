@@ -682,7 +682,7 @@ def _check_text_slots(text_slots: Mapping[str, int], policy: CaptionPolicy) -> N
             "the caption policy takes. Add them."
         )
     if not all(is_whole(slots, 1, MAX_WIDTH) for slots in text_slots.values()):
-        raise InputError(f"text_slots {dict(text_slots)} must be whole numbers of 1 or more.")
+        raise InputError(f"text_slots {dict(text_slots)} must be 1 or more, and whole.")
 
 
 def _check_features(

@@ -65,8 +65,10 @@ class Gemma2Config:
 
     def __post_init__(self):
         # Before anything is computed with them, or made of their size.
-        faults = untrusted.faults(vars(self), ("num_hidden_layers",), 2, untrusted.MAX_LAYERS)
-        faults += untrusted.faults(vars(self), _WIDTHS, 1, untrusted.MAX_WIDTH)
+        faults = untrusted.number_faults(
+            vars(self), ("num_hidden_layers",), 2, untrusted.MAX_LAYERS
+        )
+        faults += untrusted.number_faults(vars(self), _WIDTHS, 1, untrusted.MAX_WIDTH)
         positive = ["rms_norm_eps", "rope_theta", "query_pre_attn_scalar"]
         if self.attn_logit_softcapping is not None:
             positive.append("attn_logit_softcapping")
@@ -135,12 +137,12 @@ class Gemma2Config:
                 sizes[field.name] = tuple(value) if value and is_list else ()
             elif field.name == "attn_logit_softcapping" and value is None:
                 sizes[field.name] = None
-            elif not isinstance(value, int | float):
+            elif not untrusted.is_finite(value):
                 faults.append(f"{field.name}={value!r:.60} (needed: a number)")
-            elif untrusted.is_positive(value) and int(value) == value:  # of some versions 4096.0
-                sizes[field.name] = type(field.default)(value)
+            elif isinstance(field.default, int) and value != int(value):
+                faults.append(f"{field.name}={value} (needed: a whole number)")
             else:
-                sizes[field.name] = value
+                sizes[field.name] = type(field.default)(value)
         if faults:
             raise InputError(
                 f"Its config.json describes another network than Gemma 2: {', '.join(faults)}. "

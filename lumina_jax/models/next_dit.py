@@ -57,8 +57,8 @@ class NextDiTConfig:
     def __post_init__(self):
         object.__setattr__(self, "axes_dims", _tuple(self.axes_dims))
         # Before anything is computed with them, or made of their size.
-        faults = untrusted.faults(vars(self), _COUNTS, 1, untrusted.MAX_LAYERS)
-        faults += untrusted.faults(vars(self), _WIDTHS, 1, untrusted.MAX_WIDTH)
+        faults = untrusted.number_faults(vars(self), _COUNTS, 1, untrusted.MAX_LAYERS)
+        faults += untrusted.number_faults(vars(self), _WIDTHS, 1, untrusted.MAX_WIDTH)
         for name in ("norm_eps", "rope_theta"):
             if not untrusted.is_positive(getattr(self, name)):
                 faults.append(f"{name}={getattr(self, name)!r} must be a positive number")

@@ -58,9 +58,9 @@ class VAEConfig:
         widths = tuple(widths) if isinstance(widths, list | tuple) else (widths,)
         object.__setattr__(self, "block_out_channels", widths)
         # Before anything is computed with them, or made of their size.
-        faults = untrusted.faults(vars(self), ("layers_per_block",), 1, untrusted.MAX_LAYERS)
+        faults = untrusted.number_faults(vars(self), ("layers_per_block",), 1, untrusted.MAX_LAYERS)
         counts = ("latent_channels", "norm_num_groups")
-        faults += untrusted.faults(vars(self), counts, 1, untrusted.MAX_WIDTH)
+        faults += untrusted.number_faults(vars(self), counts, 1, untrusted.MAX_WIDTH)
         if not 0 < len(widths) <= MAX_LEVELS:
             faults.append(
                 f"block_out_channels {f'names {len(widths)} widths' if widths else 'is empty'}; "
@@ -73,10 +73,6 @@ class VAEConfig:
             faults.append(
                 f"block_out_channels={widths} must be multiples of "
                 f"norm_num_groups={self.norm_num_groups}, up to {untrusted.MAX_WIDTH:,}"
-            )
-        if not isinstance(self.mid_block_add_attention, bool):
-            faults.append(
-                f"mid_block_add_attention={self.mid_block_add_attention!r} is not true or false"
             )
         if not untrusted.is_positive(self.scaling_factor):
             faults.append(f"scaling_factor={self.scaling_factor} must be positive")
@@ -109,6 +105,10 @@ class VAEConfig:
             for name in ("scaling_factor", "shift_factor")
             if not untrusted.is_finite(given[name] or 0)
         ]
+        counts = ("layers_per_block", "latent_channels", "norm_num_groups")
+        faults += untrusted.number_faults(given, counts, 1, untrusted.MAX_WIDTH)
+        if not isinstance(given["mid_block_add_attention"], bool):
+            faults.append("mid_block_add_attention is neither true nor false")
         if faults:
             raise InputError(f"This autoencoder's config.json is damaged: {'; '.join(faults)}.")
         levels = len(given["block_out_channels"])

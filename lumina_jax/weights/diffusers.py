@@ -75,7 +75,7 @@ def sampling_section(folder: pathlib.Path) -> dict[str, Any]:
     levels, size, shift = (
         vae.get("block_out_channels"), transformer.get("sample_size"), scheduler.get("shift")
     )  # fmt: skip
-    faults = untrusted.faults({"sample_size": size}, ["sample_size"], 1, untrusted.MAX_WIDTH)
+    faults = untrusted.number_faults({"sample_size": size}, ["sample_size"], 1, untrusted.MAX_WIDTH)
     if not isinstance(levels, list) or not 0 < len(levels) <= MAX_LEVELS:
         faults.append(f"block_out_channels: {levels!r:.60} is not a list of 1 to {MAX_LEVELS}")
     if not untrusted.is_positive(shift):

@@ -206,3 +206,10 @@ def test_a_kind_that_no_data_has_is_not_drawn_for_a_batch():
     found = policy.among([("long", "en"), ("tags", "zh"), ("medium", "en")])
     assert found.kinds == {"long": 1.0}
     assert {found.draw_kind(draw) for draw in (0.0, 0.5, 0.999)} == {"long"}
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(weight):
+    for name in ("kinds", "languages"):
+        with pytest.raises(InputError, match="must be zero or more"):
+            CaptionPolicy(**{name: {"long": weight}})

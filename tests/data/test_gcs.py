@@ -29,6 +29,7 @@ from lumina_jax.data.prepare import make_targets
 from lumina_jax.data.records import Manifest
 from lumina_jax.data.sources import make_source
 from lumina_jax.errors import InputError
+from lumina_jax.lease import Lease
 from tests.small_data import ListSource, picture
 
 SERVER = """
@@ -112,3 +113,12 @@ def test_a_shard_that_is_not_finished_is_not_in_the_bucket(bucket):
         write(b"x")
     assert list(records.read_shard(path, [0])) == [b"x"]
     assert not pathlib.Path("gs:").exists()
+
+
+def test_a_workdir_in_a_bucket_is_held_by_one_run(bucket):
+    settings = dict(renew=0.2, patience=2.0, settle=0.5)
+    with Lease("gs://bucket/run", **settings) as first:
+        with pytest.raises(InputError, match="is in use: process"):
+            Lease("gs://bucket/run", **settings).__enter__()
+        first.check()
+    assert not epath.Path("gs://bucket/run/run.lock").exists()

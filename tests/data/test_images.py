@@ -1,9 +1,12 @@
 import io
 import itertools
 import pickle
+import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
+import zlib
 
 import broken
 import numpy as np
@@ -254,3 +257,24 @@ def test_a_stored_picture_of_another_size_raises(crops, format, shape):
 def test_a_place_with_gaps_is_refused(crops):
     with pytest.raises(ValueError, match="contiguous"):
         decode_stored(jpeg_of(crops[0]), np.empty((64, 192, 3), np.uint8)[:, ::2])
+
+
+@pytest.mark.parametrize("decoder", ["raw", "stored"])
+def test_a_picture_of_50000_by_50000_is_refused_and_not_made_room_for(decoder):
+    content = broken.png_of(50_000, 50_000, bytes(2**16))
+    out = np.empty((48, 64, 3), np.uint8)
+    tracemalloc.start()
+    with pytest.raises((Rejected, Image.DecompressionBombError), match=r"too many|exceeds limit"):
+        decode(content) if decoder == "raw" else decode_stored(content, out)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_a_text_in_a_picture_that_unpacks_to_gigabytes_is_refused():
+    bomb = zlib.compress(bytes(2**28), 9)
+    chunk = b"zTXt" + b"Comment\0\0" + bomb
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    png = broken.png_of(8, 8, bytes(8 * 25))
+    with pytest.raises(Rejected, match="too large"):
+        decode(png[:33] + chunk + png[33:])

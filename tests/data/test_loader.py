@@ -661,3 +661,19 @@ def test_held_out_texts_have_the_most_slots_of_any_kind(load):
     slots = {"long": 3, "medium": 9, "short": 5, "tags": 4}
     loader = load(held_out=5, text_slots=slots, tokenize=tokenize)
     assert {b["token_mask"].shape for b in loader.held_out_batches(2)} == {(2, 9)}
+
+
+def test_a_record_with_a_sound_picture_and_damaged_captions_is_replaced(load, tmp_path):
+    """It was decoded, and then ended the run where its caption was chosen."""
+    make_emojis(tmp_path / "d", "🐶🐱🍎🍋")
+    manifest = Manifest.load(tmp_path / "d")
+    (shard,) = manifest.splits[0].shards
+    path = tmp_path / "d" / shard.name
+    found = list(records.read_shard(path, range(shard.num_records)))
+    with records.shard_writer(path) as write:
+        for content in found:
+            write(content.replace(b"short", b"shor\xff") if b"1F436" in content else content)
+    loader = load(tmp_path / "d")
+    ids = {name for step in range(4) for name in loader.batch_at(step)["ids"]}
+    assert ids == {"1F431", "1F34E", "1F34B"}
+    assert loader.num_replaced == 8

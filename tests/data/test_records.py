@@ -16,6 +16,7 @@ from PIL import Image
 from lumina_jax.data import records
 from lumina_jax.data.buckets import Bucket, pad_to_fit
 from lumina_jax.data.captions import Caption
+from lumina_jax.data.images import Rejected
 from lumina_jax.data.records import Manifest, Record, Records
 from lumina_jax.data.sources import openmoji
 from lumina_jax.errors import InputError
@@ -204,3 +205,87 @@ def test_only_what_a_dataset_is_made_of_is_removed(small):
     assert {path.name for path in small.iterdir()} == {"letter.txt", "report.json"}
     with pytest.raises(InputError, match=r"is not a dataset .* so --overwrite does not touch it"):
         records.remove(small)
+
+
+def changed(directory: pathlib.Path, **changes) -> None:
+    """Changes the first shard, split or settings that the manifest names."""
+    path = directory / "manifest.json"
+    content = json.loads(path.read_text())
+    for place, value in changes.items():
+        target = {
+            "name": content["splits"][0]["shards"][0],
+            "num_records": content["splits"][0]["shards"][0],
+        }.get(place, content["splits"][0])
+        if isinstance(target, list):
+            target[("name", "num_records").index(place)] = value
+        else:
+            target[place] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "pictures-train_1x1.array_record-00000-of-00001/../x", ""]
+)
+def test_a_manifest_names_no_file_outside_its_directory(small, name):
+    changed(small, name=name)
+    with pytest.raises(InputError, match=r"is damaged .*is not the name of a shard"):
+        Manifest.load(small)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"width": 10**9}, {"width": -32}, {"width": "32"}, {"width": 32.5}, {"width": True},
+        {"width": 60_000, "height": 60_000}, {"num_records": -1}, {"num_records": 10**30},
+        {"num_records": None}, {"caption_sets": [{"captions": ["x"]}]}, {"shards": {"a": 1}},
+    ],
+)  # fmt: skip
+def test_a_manifest_of_absurd_numbers_is_refused_before_anything_is_made_of_them(small, changes):
+    changed(small, **changes)
+    with pytest.raises(InputError, match="is damaged"):
+        Manifest.load(small)
+
+
+def test_a_manifest_of_endless_depth_or_length_is_refused(small):
+    path = small / "manifest.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="is damaged"):
+        Manifest.load(small)
+    with path.open("wb") as file:  # a hole: it takes no room on the disk
+        file.truncate(2**40)
+    with pytest.raises(InputError, match="has more than 33,554,432 bytes"):
+        Manifest.load(small)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match="is damaged"):
+        Manifest.load(small)
+
+
+def test_what_is_no_record_is_rejected_with_the_reason():
+    def with_features(**values):
+        example = tfds.proto.tf_example_pb2.Example.FromString(serialize())
+        for name, value in values.items():
+            example.features.feature[name.replace("__", "/")].bytes_list.value[:] = value
+        return example.SerializeToString()
+
+    for content, reason in (
+        (b"\xff", "Error parsing"),
+        (b"", "0 values of id"),
+        (with_features(id=[b"a", b"b"]), "2 values of id"),
+        (with_features(id=[b"\xff"]), "can't decode"),
+        (with_features(captions__text=[b"one"]), "zip"),
+        (with_features(captions__kind=[b"tall", b"tags"]), "a caption of kind 'tall'"),
+        (serialize(size=(0, 480)), r"width \[0\]"),
+    ):
+        with pytest.raises(Rejected, match=reason):
+            Record(content)
+
+
+def test_features_that_are_not_those_of_the_captions_are_rejected():
+    cache = records.CapFeatsCache("use", "base", 8, 3, 0, "")
+    record = Record(serialize())  # of two captions
+    good = Record(record.with_caches(cap_feats=[bytes(6), bytes(12)]))
+    cache.check(good)
+    for odd in ([bytes(6)], [bytes(6), bytes(7)], [bytes(6), b""], []):
+        with pytest.raises(Rejected, match="not those of its captions"):
+            cache.check(Record(record.with_caches(cap_feats=odd)))

@@ -1,4 +1,5 @@
 import collections
+import shutil
 
 import numpy as np
 import pytest
@@ -136,3 +137,16 @@ def test_padding_is_what_texts_and_pictures_leave_empty():
 def test_nothing_to_measure_is_refused(splits, num_records, message):
     with pytest.raises(InputError, match=message):
         statistics.sample("somewhere", splits, num_records, count_words)
+
+
+def test_a_damaged_record_is_told_with_its_place(dataset, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    split = Manifest.load(copy).splits[0]
+    path = copy / split.shards[0].name
+    content = bytearray(path.read_bytes())
+    content[content.index(b"openmoji") :] = bytes(len(content) - content.index(b"openmoji"))
+    path.write_bytes(content)
+    message = rf"A record of \S+, bucket {split.bucket}, of the numbers 0 to 2, cannot be read"
+    with pytest.raises(InputError, match=message):
+        list(statistics.read_some(copy, split, range(3)))

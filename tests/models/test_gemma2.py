@@ -207,3 +207,18 @@ def test_another_network_is_refused_with_every_difference():
 def test_sizes_that_do_not_fit_are_refused(sizes, message):
     with pytest.raises(InputError, match=message):
         gemma2.Gemma2Config(**sizes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**12}, {"num_key_value_heads": 0}, {"hidden_size": "64"},
+        {"head_dim": None}, {"rope_parameters": [1]}, {"rope_theta": float("nan")},
+        {"layer_types": 5}, {"layer_types": [1, 2]}, {"rms_norm_eps": 0}, {"vocab_size": 10**400},
+    ],
+)  # fmt: skip
+def test_a_config_that_no_text_encoder_has_is_refused_before_anything_is_made(change):
+    config = {"model_type": "gemma2", "hidden_size": 64}
+    gemma2.Gemma2Config.from_json(config)
+    with pytest.raises(InputError, match=r"config\.json|Gemma 2: "):
+        gemma2.Gemma2Config.from_json(config | change)

@@ -248,3 +248,15 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
 def test_unknown_preset_is_refused():
     with pytest.raises(InputError, match="'5b' is not one of tiny, 2b, 3b, 4b, 7b"):
         NextDiTConfig.preset("5b")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_heads": 0}, {"num_kv_heads": 0}, {"num_layers": 10**9}, {"dim": -128},
+        {"patch_size": 0}, {"hidden_dim": 2**40}, {"axes_dims": (8, 12)}, {"norm_eps": 0.0},
+    ],
+)  # fmt: skip
+def test_sizes_that_no_network_has_are_refused_before_they_are_divided_by(change):
+    with pytest.raises(InputError, match=r"config\.model: "):
+        NextDiTConfig.preset("tiny", **change)

@@ -217,3 +217,20 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
 def test_unknown_preset_is_refused():
     with pytest.raises(InputError, match="'sdxl' is not one of tiny, flux"):
         VAEConfig.preset("sdxl")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block_out_channels": 3}, {"block_out_channels": [8] * 99}, {"norm_num_groups": 0},
+        {"block_out_channels": ["8"]}, {"block_out_channels": [2**40]}, {"layers_per_block": 10**9},
+        {"latent_channels": 2.5}, {"scaling_factor": float("nan")}, {"scaling_factor": "x"},
+        {"scaling_factor": 10**400}, {"shift_factor": float("inf")}, {"down_block_types": 1},
+        {"mid_block_add_attention": "no"},
+    ],
+)  # fmt: skip
+def test_a_config_that_no_autoencoder_has_is_refused_before_anything_is_made(change):
+    config = VAEConfig.preset("tiny").to_json()
+    VAEConfig.from_json(config)
+    with pytest.raises(InputError, match=r"is damaged|cannot be made|not supported"):
+        VAEConfig.from_json(config | change)

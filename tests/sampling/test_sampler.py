@@ -192,6 +192,9 @@ def test_renorm_of_a_zero_velocity_is_zero(semantics):
         ({"guidance_truncation": -1.0}, "must not be negative"),
         ({"cache_order": 2}, "cache_order=2 is neither 0 nor 1"),
         ({"cache_coefficients": ()}, "cache_coefficients is empty"),
+        ({"merge_steps": (float("nan"), 1.0)}, r"merge_steps=.* must be numbers"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan must be a finite number"),
+        ({"num_steps": 10**9}, "num_steps=1000000000 is more than 10,000"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):

@@ -266,3 +266,36 @@ def test_casting_while_writing_is_numpys_rounding(tmp_path):
     np.testing.assert_array_equal(
         theirs["x_embedder.weight"], params["x_embedder"]["kernel"].T.astype(ml_dtypes.bfloat16)
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 10**12}, {"num_layers": "26"}, {"num_layers": None}, {"num_layers": True},
+        {"num_attention_heads": 0}, {"num_kv_heads": 0}, {"hidden_size": -1}, {"patch_size": 0},
+        {"multiple_of": 0}, {"ffn_dim_multiplier": float("nan")}, {"ffn_dim_multiplier": 1e300},
+        {"ffn_dim_multiplier": "x"}, {"axes_dim_rope": None}, {"axes_dim_rope": [4, None, 2]},
+        {"norm_eps": float("nan")}, {"norm_eps": None}, {"cap_feat_dim": 2**63},
+    ],
+)  # fmt: skip
+def test_sizes_that_no_transformer_has_are_refused_before_anything_is_made(change):
+    """Found by fuzzing: a division by zero, or a loop over so many layers."""
+    with pytest.raises(InputError, match=r"config\.json is damaged|config\.model: "):
+        next_dit.from_diffusers_config(next_dit.to_diffusers_config(MODEL) | change)
+
+
+def test_a_config_without_a_size_is_refused():
+    config = next_dit.to_diffusers_config(MODEL)
+    for key in config.keys() - {"axes_lens", "sample_size", "scaling_factor", "out_channels"}:
+        if key != "ffn_dim_multiplier":  # which may be missing
+            with pytest.raises(InputError):
+                next_dit.from_diffusers_config({k: v for k, v in config.items() if k != key})
+
+
+def test_a_file_whose_tensors_have_other_dims_tells_no_size(tmp_path):
+    tensors = list(next_dit.tensors(MODEL, "official"))
+    shapes = convert.their_shapes(tensors)
+    for name in ("x_embedder.weight", "layers.0.attention.q_norm.weight"):
+        for shape in ((), (0,), (0, 0), (3, 4, 5)):
+            with pytest.raises(InputError, match=f"lacks {name} of"):
+                next_dit.sizes_of(Shapes(shapes | {name: shape}), "official")

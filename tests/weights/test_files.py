@@ -3,6 +3,8 @@
 import argparse
 import json
 import pickle
+import struct
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -213,3 +215,103 @@ def test_the_fingerprint_knows_values_and_names_but_not_the_place(tmp_path):
         changed[(-1,) * value.ndim] += 1
         assert of("c", {**ARRAYS, name: changed}) != original
     assert of("d", {("x" + name): value for name, value in ARRAYS.items()}) != original
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x.pth", "", 3, None, ["x"]],
+)
+def test_an_index_names_no_file_outside_its_folder(tmp_path, name):
+    write_file(tmp_path / "x.safetensors", entries())  # what must not be opened
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_file(folder / "y.safetensors", entries())
+    content = {"weight_map": {"vector": "y.safetensors", "matrix": name}}
+    (folder / "y.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="as a file of weights; needed: names that end in"):
+        open_weights(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": []}', "{}", "[" * 100_000])
+def test_an_index_of_another_form_is_refused(tmp_path, text):
+    write_file(tmp_path / "y.safetensors", entries())
+    (tmp_path / "y.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match=r"is damaged|as a file of weights"):
+        open_weights(tmp_path)
+
+
+def test_a_link_beside_an_index_is_followed(tmp_path):
+    """The cache of the Hugging Face hub is made of links."""
+    write_folder(tmp_path / "blobs", "model", entries(), max_shard_bytes=200)
+    (tmp_path / "snapshot").mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    with open_weights(tmp_path / "snapshot") as weights:
+        assert_same(read_all(weights), ARRAYS)
+
+
+def test_a_header_that_promises_gigabytes_is_refused(tmp_path):
+    for size in (2**40, 2**63, 2**64 - 1):
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", size) + b"{}")
+        with pytest.raises(InputError, match="not a whole safetensors file"):
+            open_weights(tmp_path / "x.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(InputError, match="must hold one"):
+        open_weights(tmp_path / "folder.safetensors")
+
+
+def test_an_empty_tensor_is_read_and_has_a_fingerprint(tmp_path):
+    """Found by fuzzing: safetensors cannot slice what is empty."""
+    save_file({"none": np.zeros((0, 3), np.float32)}, tmp_path / "x.safetensors")
+    with open_weights(tmp_path / "x.safetensors") as weights:
+        assert weights.read("none", everything((0, 3))).shape == (0, 3)
+        assert fingerprint(weights)
+
+
+class Room:
+    """Unpickled by weights-only loading, it is so many bytes."""
+
+    def __reduce__(self):
+        return bytearray, (10**12,)
+
+
+def test_a_pickle_that_asks_for_a_terabyte_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"weight": torch.ones(2), "room": Room()}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"it calls .*bytearray"):
+        open_weights(tmp_path / "x.pth")
+
+
+def test_a_tensor_that_repeats_one_number_a_billion_times_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"weight": torch.ones(1).expand(10**9)}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"'weight' is no tensor .* all of its numbers"):
+        open_weights(tmp_path / "x.pth")
+
+
+def test_odd_tensors_of_pytorch_are_read_or_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"weight": torch.nn.Parameter(torch.ones(2, 3)).t()}, tmp_path / "good.pth")
+    with open_weights(tmp_path / "good.pth") as weights:
+        assert weights.read("weight", everything((3, 2))).tolist() == [[1, 1]] * 3
+    for number, odd in enumerate((torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta"))):
+        torch.save({"weight": odd}, tmp_path / f"{number}.pth")
+        with pytest.raises(InputError, match=r"is no tensor|it calls"):
+            open_weights(tmp_path / f"{number}.pth")
+    torch.save({3: torch.ones(2)}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match="3 is no tensor with a name"):
+        open_weights(tmp_path / "x.pth")
+
+
+def test_a_compressed_archive_of_tensors_is_refused(tmp_path):
+    """A few kilobytes of it may be gigabytes."""
+    torch = pytest.importorskip("torch")
+    torch.save({"weight": torch.zeros(10**6)}, tmp_path / "x.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pth") as whole,
+        zipfile.ZipFile(tmp_path / "y.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    with pytest.raises(InputError, match="in it is compressed"):
+        open_weights(tmp_path / "y.pth")

@@ -148,3 +148,22 @@ def test_a_file_that_is_no_list_is_refused(store, text, message):
     path = store.put({"rows.json": text})
     with pytest.raises(InputError, match=message):
         JsonSource(f"{path}/rows.json").parts()
+
+
+def test_captions_in_lists_in_lists_cost_their_picture_alone(tmp_path, png):
+    """JSON may be nested nearly as deep as Python calls, and reading captions calls more."""
+    (tmp_path / "a.png").write_bytes(png())
+    deep = "[" * 950 + '"x"' + "]" * 950
+    rows = [f'{{"image": "a.png", "prompt": {deep}}}', '{"image": "a.png", "prompt": "x"}']
+    (tmp_path / "list.jsonl").write_text("\n".join(rows))
+    source = JsonSource(str(tmp_path / "list.jsonl"))
+    items = [item for part in source.parts() for item in source.read(part)]
+    assert items[0].fault.reason in ("bad caption", "broken JSON")
+    assert items[1].fault is None
+
+
+def test_a_list_that_memory_may_not_hold_is_refused(tmp_path):
+    with (tmp_path / "list.json").open("wb") as file:  # a hole: it takes no room on the disk
+        file.truncate(2**40)
+    with pytest.raises(InputError, match=r"has more than 2,147,483,648 bytes.*\.jsonl"):
+        JsonSource(str(tmp_path / "list.json")).parts()

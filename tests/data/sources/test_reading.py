@@ -1,11 +1,12 @@
 import http.server
+import os
 import sys
 import threading
 
 import pytest
 
 from lumina_jax.data.images import Rejected
-from lumina_jax.data.sources import reading
+from lumina_jax.data.sources import make_source, reading
 from lumina_jax.errors import InputError
 
 
@@ -124,3 +125,40 @@ def test_a_fault_of_the_store_is_no_fault_of_the_picture(tmp_path, monkeypatch):
     )
     with pytest.raises(ZeroDivisionError):
         reading.read_file(str(tmp_path / "x"))
+
+
+def test_a_pipe_is_not_waited_for_and_a_device_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zeros.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zeros.png"):
+        with pytest.raises(Rejected, match="not a file"):
+            reading.read_file(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pass@host/a.jpg", "https://***@host/a.jpg"),
+        ("s3://KEY:SECRET@bucket/a", "s3://***@bucket/a"),
+        (
+            "https://h/a.jpg?X-Amz-Signature=abc&w=5&X-Amz-Credential=def",
+            "https://h/a.jpg?X-Amz-Signature=***&w=5&X-Amz-Credential=***",
+        ),
+        ("not found: https://h/a?sig=abc, and more", "not found: https://h/a?sig=*** and more"),
+        ("https://h/a?access_token=x&api_key=y", "https://h/a?access_token=***&api_key=***"),
+        ("https://h/a.jpg?width=5&id=7", "https://h/a.jpg?width=5&id=7"),
+        ("me@host, a = b", "me@host, a = b"),
+    ],
+)
+def test_secrets_in_urls_are_not_shown(text, shown):
+    assert reading.without_secrets(text) == shown
+
+
+def test_secrets_of_a_source_stay_out_of_ids_faults_and_settings(tmp_path):
+    url = "file:///nowhere.jpg?X-Goog-Signature=hush"
+    (tmp_path / "list.jsonl").write_text(f'{{"image_path": "{url}", "prompt": "x"}}')
+    source = make_source("json", str(tmp_path / "list.jsonl"), root="https://me:hush@host/x")
+    (item,) = [item for part in source.parts() for item in source.read(part)]
+    assert item.fault.reason == "not found"
+    for shown in (item.id, str(item.fault), repr(source.settings())):
+        assert "hush" not in shown

@@ -158,3 +158,21 @@ def test_files_that_need_tensorflow_are_refused(tmp_path, coco):
 def test_features_and_splits_that_are_not_there_are_refused(coco, options, message):
     with pytest.raises(InputError, match=message):
         TfdsSource(coco, **options).parts()
+
+
+def test_a_feature_whose_class_would_be_imported_is_refused(tmp_path, coco, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(coco, copy)
+    (tmp_path / "hostile.py").write_text("raise SystemError('this was executed')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = copy / "features.json"
+    path.write_text(
+        path.read_text().replace(
+            "tensorflow_datasets.core.features.text_feature.Text", "hostile.Text"
+        )
+    )
+    with pytest.raises(InputError, match=r"has a feature of the class 'hostile\.Text'"):
+        TfdsSource(str(copy)).parts()
+    path.write_text("[1]")
+    with pytest.raises(InputError, match="is damaged"):
+        TfdsSource(str(copy)).parts()

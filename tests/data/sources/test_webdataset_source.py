@@ -6,6 +6,7 @@ import tarfile
 import pytest
 
 from lumina_jax.data.captions import Caption
+from lumina_jax.data.sources import webdataset
 from lumina_jax.data.sources.webdataset import WebDatasetSource
 
 
@@ -202,3 +203,47 @@ def test_what_webdataset_writes_is_read(tmp_path, png, read_all):
     assert [item.image for item in items] == [png(i) for i in range(3)]
     assert [item.scores for item in items] == [{"score": float(i)} for i in range(3)]
     assert {c.text for c in items[1].captions} == {"text 1", "number 1"}
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_name_of_gigabytes_is_refused_before_it_is_read(tmp_path, read_all, kind):
+    """Packed, it is a few megabytes, and tarfile takes it into memory at once."""
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as file:
+        file.write(header("x", 2**31, kind))
+        file.write(bytes(2**20))
+    assert outcome(read_all(WebDatasetSource(str(tmp_path)))) == {"a.tar.gz": "damaged archive"}
+
+
+def test_a_sample_of_many_large_members_is_refused(tmp_path, read_all, monkeypatch, png):
+    monkeypatch.setattr(webdataset, "MAX_BYTES", 3000)
+    members = {"a.png": png(), "a.txt": "x" * 2000, "a.caption": "y" * 2000, **samples(png, "b")}
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    found = outcome(read_all(WebDatasetSource(str(tmp_path))))
+    assert found == {"a.tar/a": "too large", "a.tar/b": None}
+
+
+def test_names_that_lead_elsewhere_write_and_read_nothing(tmp_path, read_all, png):
+    (tmp_path / "secret.txt").write_text("a secret")
+    archive = tmp_path / "in" / "a.tar"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w") as file:
+        for name, content in (("../../evil.png", png()), ("../../evil.txt", b"a caption")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+        file.addfile(tarfile.TarInfo("/x.png"))
+        for name, kind in (("y.png", tarfile.SYMTYPE), ("y.txt", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "../secret.txt"
+            file.addfile(info)
+    before = sorted(tmp_path.rglob("*"))
+    items = read_all(WebDatasetSource(str(archive)))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not any("a secret" in repr(item) for item in items)
+    assert {item.id: item.fault and item.fault.reason for item in items}["a.tar/y"] == "not a file"
