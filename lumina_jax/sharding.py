@@ -182,6 +182,22 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = PARAM_RULES) -> Any:
     return shardings
 
 
+def placed(tree: Any, mesh: Mesh, rules: Rules = PARAM_RULES) -> Any:
+    """Shapes and types of a tree, each with its sharding."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree,
+        tree_shardings(tree, mesh, rules),
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Of the part of a tree, placed or on its devices, that one device holds."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
 def _mesh_axes(axis: str | None) -> tuple[str, ...]:
     rule = AXIS_RULES.get(axis, ())
     return (rule,) if isinstance(rule, str) else rule

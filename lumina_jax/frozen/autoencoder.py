@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
 from lumina_jax import sharding
 from lumina_jax.errors import InputError
 from lumina_jax.models import vae
+from lumina_jax.untrusted import read_json
 from lumina_jax.weights import convert, files
 from lumina_jax.weights import vae as names
 from lumina_jax.weights.vae import CONFIG_FILE, WEIGHTS_FILE
@@ -35,6 +36,14 @@ class Autoencoder(Protocol):
 
     def load_params(self, mesh: jax.sharding.Mesh) -> PyTree:
         """The weights, read and placed on the mesh."""
+        ...
+
+    def placed_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+        """Shapes and types of the weights, and where they lie on the mesh."""
+        ...
+
+    def check_weights(self) -> None:
+        """Refuses files that do not hold the weights, by names, shapes and types; reads none."""
         ...
 
     def fingerprint(self) -> str:
@@ -61,6 +70,13 @@ class Pixels:
     def load_params(self, mesh: jax.sharding.Mesh) -> PyTree:
         del mesh
         return ()
+
+    def placed_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+        del mesh
+        return ()
+
+    def check_weights(self) -> None:
+        pass  # there are none
 
     def fingerprint(self) -> str:
         return "pixels"
@@ -99,7 +115,7 @@ class VAE:
                 "run of lumina_jax.train_vae."
             )
         self.folder = _find_folder(path)
-        config = json.loads((self.folder / CONFIG_FILE).read_text())
+        config = read_json(self.folder / CONFIG_FILE, "Copy it again.")
         self.cfg = vae.VAEConfig.from_json(config, dtype=dtype)
         self.downscale, self.channels = self.cfg.downscale, self.cfg.latent_channels
         self._sample = sample
@@ -123,11 +139,18 @@ class VAE:
 
         return jax.tree_util.tree_map_with_path(held, vae.abstract_params(self.cfg))
 
+    def placed_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+        return sharding.placed(self.abstract_params(), mesh, sharding.VAE_RULES)
+
     def load_params(self, mesh: jax.sharding.Mesh) -> PyTree:
         abstract = self.abstract_params()
         shardings = sharding.tree_shardings(abstract, mesh, sharding.VAE_RULES)
         with self._open_weights() as weights:
             return convert.load(weights, names.tensors(self.cfg), abstract, shardings)
+
+    def check_weights(self) -> None:
+        with self._open_weights() as weights:
+            convert.check(weights, names.tensors(self.cfg))
 
     def fingerprint(self) -> str:
         settings = [dataclasses.asdict(self.cfg), self._sample]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,8 +20,10 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 from lumina_jax import sharding
 from lumina_jax.errors import InputError
 from lumina_jax.models import gemma2
+from lumina_jax.untrusted import read_json
 from lumina_jax.weights import convert, files
 from lumina_jax.weights import gemma2 as names
+from lumina_jax.weights.tensors import Tensor
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 # What decides over the ids of a caption, as far as a folder has it.
@@ -91,18 +93,25 @@ class Gemma2TextEncoder:
         """Shapes and types of the weights."""
         return gemma2.abstract_params(self.cfg)
 
+    def placed_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+        return sharding.placed(self.abstract_params(), mesh, sharding.GEMMA2_RULES)
+
     def load_params(self, mesh: jax.sharding.Mesh) -> PyTree:
         abstract = self.abstract_params()
         shardings = sharding.tree_shardings(abstract, mesh, sharding.GEMMA2_RULES)
         with files.open_weights(self.folders.text_encoder) as weights:
-            prefix = names.find_prefix(weights.shapes)
-            return convert.load(
-                weights,
-                names.tensors(self.cfg, prefix),
-                abstract,
-                shardings,
-                ignored=functools.partial(names.is_ignored, cfg=self.cfg, prefix=prefix),
-            )
+            tensors, ignored = self._tensors(weights)
+            return convert.load(weights, tensors, abstract, shardings, ignored=ignored)
+
+    def check_weights(self) -> None:
+        with files.open_weights(self.folders.text_encoder) as weights:
+            convert.check(weights, *self._tensors(weights))
+
+    def _tensors(self, weights: files.Weights) -> tuple[list[Tensor], Callable[[str], bool]]:
+        """The table of what is read, and a test of the names of what may be there besides."""
+        prefix = names.find_prefix(weights.shapes)
+        ignored = functools.partial(names.is_ignored, cfg=self.cfg, prefix=prefix)
+        return list(names.tensors(self.cfg, prefix)), ignored
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.cfg)).encode())
@@ -152,7 +161,7 @@ def _read_config(folder: pathlib.Path, **changes) -> gemma2.Gemma2Config:
             f"text_encoder/ and tokenizer/ in it, or one with config.json, safetensors and "
             f"tokenizer files."
         )
-    return gemma2.Gemma2Config.from_json(json.loads(file.read_text()), **changes)
+    return gemma2.Gemma2Config.from_json(read_json(file, "Copy it again."), **changes)
 
 
 def _load_tokenizer(folder: pathlib.Path, cfg: gemma2.Gemma2Config):
@@ -172,7 +181,9 @@ def _load_tokenizer(folder: pathlib.Path, cfg: gemma2.Gemma2Config):
         )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder.absolute(), local_files_only=True
+            folder.absolute(),
+            local_files_only=True,
+            trust_remote_code=False,  # else it asks whether to run what the folder brings
         )
         backend = tokenizer.backend_tokenizer
     except Exception as error:  # of many classes, down to the bare Exception of its Rust part

@@ -45,6 +45,14 @@ class TextEncoder(Protocol):
         """The weights, read and placed on the mesh."""
         ...
 
+    def placed_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+        """Shapes and types of the weights, and where they lie on the mesh."""
+        ...
+
+    def check_weights(self) -> None:
+        """Refuses files that do not hold the weights, by names, shapes and types; reads none."""
+        ...
+
     def fingerprint(self) -> str:
         """Changes with anything that changes the features: weights, tokens, precision."""
         ...

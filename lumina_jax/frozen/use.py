@@ -73,6 +73,15 @@ class UniversalSentenceEncoder:
     def load_params(self, mesh: jax.sharding.Mesh) -> PyTree:
         return jax.device_put(_load_params(), sharding.named(mesh, ()))  # small: whole everywhere
 
+    def placed_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+        whole = sharding.named(mesh, ())
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), _load_params()
+        )
+
+    def check_weights(self) -> None:
+        _load_params()  # the package has its version, and so its shapes
+
     def fingerprint(self) -> str:
         return f"use {_digest()} max_tokens={self.max_tokens}"
 

@@ -5,9 +5,7 @@ nothing is downloaded: an encoder has the sizes that a local folder gives it, or
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,11 +67,42 @@ def lower_train(
     slots = num_tokens(config.data.resolution, autoencoder.downscale * model.patch_size)
     text_slots = text_slots or text_encoder.max_tokens
     program = train.step_program(config, model, mesh, slots)
-    state = _placed(program.abstract_state, program.shardings)
+    state = sharding.placed(program.abstract_state, mesh)
     batch_size = config.train.batch_size
+    batch = abstract_batch(config, model, mesh, slots, text_slots)
+    with jax.set_mesh(mesh):
+        lowered = program.step.lower(state, batch, _key(mesh))
+    return Lowered(
+        name="train",
+        lowered=lowered,
+        flops=train.step_flops(config, model, slots, text_slots),
+        num_images=batch_size,
+        inputs={
+            "parameters": sharding.device_bytes(state.params),
+            "average": sharding.device_bytes(state.ema),
+            "optimizer": sharding.device_bytes(state.opt_state),
+            "batch": sharding.device_bytes(batch),
+        },
+        sequences=_sequences(
+            [slots, slots // 16] if config.flow.auxiliary_weight else [slots], text_slots
+        ),
+        compiler_options=compiler.options(
+            sharding.device_kind(mesh), config.compile.options.to_dict()
+        ),
+    )
+
+
+def abstract_batch(
+    config: ConfigDict,
+    model: next_dit.NextDiTConfig,
+    mesh: jax.sharding.Mesh,
+    num_slots: int,
+    text_slots: int,
+) -> Batch:
+    """Shapes, types and places of what the step takes."""
 
     def array(*shape, dtype=jnp.float32):
-        return _split(mesh, (batch_size, *shape), dtype)
+        return _split(mesh, (config.train.batch_size, *shape), dtype)
 
     def tokens(num):
         return ImageTokens(
@@ -83,31 +112,11 @@ def lower_train(
             mask=array(num, dtype=bool),
         )
 
-    batch = Batch(
-        image=tokens(slots),
-        pooled=tokens(slots // 16) if config.flow.auxiliary_weight else None,
+    return Batch(
+        image=tokens(num_slots),
+        pooled=tokens(num_slots // 16) if config.flow.auxiliary_weight else None,
         cap_feats=array(text_slots, model.cap_feat_dim),
         cap_mask=array(text_slots, dtype=bool),
-    )
-    with jax.set_mesh(mesh):
-        lowered = program.step.lower(state, batch, _key(mesh))
-    return Lowered(
-        name="train",
-        lowered=lowered,
-        flops=train.step_flops(config, model, slots, text_slots),
-        num_images=batch_size,
-        inputs={
-            "parameters": _bytes(state.params),
-            "average": _bytes(state.ema),
-            "optimizer": _bytes(state.opt_state),
-            "batch": _bytes(batch),
-        },
-        sequences=_sequences(
-            [slots, slots // 16] if config.flow.auxiliary_weight else [slots], text_slots
-        ),
-        compiler_options=compiler.options(
-            sharding.device_kind(mesh), config.compile.options.to_dict()
-        ),
     )
 
 
@@ -133,8 +142,9 @@ def lower_sample(
             f"give a multiple of {shards}."
         )
     params = typed(next_dit.abstract_params(model), model.dtype)
-    params = _placed(params, sharding.tree_shardings(params, mesh))
-    text_params, image_params = _encoder_params(text_encoder, autoencoder, mesh)
+    params = sharding.placed(params, mesh)
+    text_params = text_encoder.placed_params(mesh)
+    image_params = autoencoder.placed_params(mesh)
     h, w = height // autoencoder.downscale, width // autoencoder.downscale
     if defaults.cache_threshold:
         raise InputError(
@@ -170,10 +180,10 @@ def lower_sample(
         flops=float(flops * num_images),
         num_images=num_images,
         inputs={
-            "parameters": _bytes(params),
-            "text encoder": _bytes(text_params),
-            "autoencoder": _bytes(image_params),
-            "batch": _bytes((noise, texts)),
+            "parameters": sharding.device_bytes(params),
+            "text encoder": sharding.device_bytes(text_params),
+            "autoencoder": sharding.device_bytes(image_params),
+            "batch": sharding.device_bytes((noise, texts)),
         },
         sequences=_sequences([height * width // unit**2], text_slots),
         compiler_options=compiler.options(sharding.device_kind(mesh)),
@@ -188,7 +198,8 @@ def lower_encode(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[Lowered]:
     model = train.model_config(config, text_encoder, autoencoder)
     train.check_batch_size(config, mesh)
     side, batch_size = config.data.resolution, config.train.batch_size
-    text_params, image_params = _encoder_params(text_encoder, autoencoder, mesh)
+    text_params = text_encoder.placed_params(mesh)
+    image_params = autoencoder.placed_params(mesh)
     encoder = Encoder(
         text_encoder,
         autoencoder,
@@ -216,7 +227,10 @@ def lower_encode(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[Lowered]:
             lowered=text,
             flops=float(batch_size * gemma2.forward_flops(text_encoder.cfg, slots)),
             num_images=batch_size,
-            inputs={"text encoder": _bytes(text_params), "batch": _bytes((ids, mask))},
+            inputs={
+                "text encoder": sharding.device_bytes(text_params),
+                "batch": sharding.device_bytes((ids, mask)),
+            },
             sequences=(slots,),
             compiler_options={},
         ),
@@ -225,7 +239,10 @@ def lower_encode(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[Lowered]:
             lowered=pictures,
             flops=float(batch_size * vae.forward_flops(autoencoder.cfg, side, side)[0]),
             num_images=batch_size,
-            inputs={"autoencoder": _bytes(image_params), "batch": _bytes(images)},
+            inputs={
+                "autoencoder": sharding.device_bytes(image_params),
+                "batch": sharding.device_bytes(images),
+            },
             sequences=((side // autoencoder.downscale) ** 2,),
             compiler_options={},
         ),
@@ -273,23 +290,6 @@ def _with_weights(text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
         )
 
 
-def _encoder_params(text_encoder: Gemma2TextEncoder, autoencoder: VAE, mesh):
-    found = []
-    for encoder, rules in (
-        (text_encoder, sharding.GEMMA2_RULES),
-        (autoencoder, sharding.VAE_RULES),
-    ):
-        abstract = encoder.abstract_params()
-        found.append(_placed(abstract, sharding.tree_shardings(abstract, mesh, rules)))
-    return found
-
-
-def _placed(abstract: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
-
-
 def _split(mesh, shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, ("act_batch",)))
 
@@ -297,10 +297,3 @@ def _split(mesh, shape, dtype):
 def _key(mesh):
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.named(mesh, ()))
-
-
-def _bytes(tree: Any) -> int:
-    """Of the part on one chip."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )

@@ -144,14 +144,18 @@ def _memory(lowered: Lowered, memory) -> dict[str, float]:
 
 
 def peak_memory(memory) -> int:
-    """Bytes of HBM at the fullest moment, of what `memory_analysis` gives.
+    """Bytes of HBM at the fullest moment, of what `memory_analysis` gives for a TPU.
 
     The compiler's own peak counts the temporaries of that memory which has more of them. That may
     be the host's, if activations are offloaded.
     """
+    return min(memory.peak_memory_in_bytes, total_memory(memory))
+
+
+def total_memory(memory) -> int:
+    """Bytes on a device of all that a program takes, has and gives; on any platform."""
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    on_device = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
-    return min(memory.peak_memory_in_bytes, on_device)
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
 def operations(

@@ -539,10 +539,17 @@ def caption_slots(num_tokens: int) -> int:
 
 def from_sections(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a pipeline needs besides the model, from the sections of a run's config."""
-    sampling = dict(config["sampling"])
     return {
         "text_encoder": make_text_encoder(**config["text_encoder"]),
         "autoencoder": make_autoencoder(**config["autoencoder"]),
+        **sampling_settings(config["sampling"]),
+    }
+
+
+def sampling_settings(section: Mapping[str, Any]) -> dict[str, Any]:
+    """How a pipeline samples where nobody says otherwise, from the section `sampling`."""
+    sampling = dict(section)
+    return {
         "size": (sampling.pop("height"), sampling.pop("width")),
         "system_prompt": sampling.pop("system_prompt"),
         "defaults": SamplerConfig(**sampling),
