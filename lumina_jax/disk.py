@@ -23,7 +23,12 @@ def checkpoint_bytes(abstract_state: Any) -> int:
 
 
 def most_checkpoints(
-    num_steps: int, *, checkpoint_every: int, keep_checkpoints: int, keep_checkpoint_every: int
+    num_steps: int,
+    *,
+    checkpoint_every: int,
+    keep_checkpoints: int,
+    keep_checkpoint_every: int,
+    keep_best_checkpoints: int = 0,
 ) -> int:
     """How many lie side by side while the last one of a run is written, it included.
 
@@ -32,12 +37,13 @@ def most_checkpoints(
       checkpoint_every: Steps from one to the next.
       keep_checkpoints: How many of the newest are kept.
       keep_checkpoint_every: Those at multiples of it are kept for ever; 0: none.
+      keep_best_checkpoints: So many are kept besides, which may be any of the others.
     """
     before = range(checkpoint_every, num_steps, checkpoint_every)
     kept = set(before[-keep_checkpoints:])
     if keep_checkpoint_every:
         kept.update(step for step in before if step % keep_checkpoint_every == 0)
-    return len(kept) + 1
+    return min(len(kept) + keep_best_checkpoints, len(before)) + 1
 
 
 def needed_bytes(checkpoint: int, most: int, there: int = 0) -> int:
@@ -64,4 +70,4 @@ def free_bytes(path: epath.PathLike) -> int | None:
 def existing(path: epath.PathLike) -> pathlib.Path:
     """The local `path`, or of the folders around it the nearest that is there."""
     path = pathlib.Path(path).absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))

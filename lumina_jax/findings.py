@@ -82,29 +82,36 @@ def faults(door: Callable, *args, **settings) -> Iterator[Told]:
 
 def examine(checks: Mapping[str, Check], subject: Any) -> list[Finding]:
     """Runs every check on the subject; what is found twice is told where it was found first."""
-    found: list[Finding] = []
+    found: dict[Finding, None] = {}  # in order, each once
     told: dict[str, str] = {}  # texts of faults, and the check that told them
     for name, check in checks.items():
         for level, text in _guarded(name, check, subject):
             if level in (WARNING, ERROR) and told.setdefault(text, name) != name:
-                level, text = NOT_CHECKED, f"because of the fault under {told[text]!r}"
-            found.append(Finding(name, level, text))
-    return found
+                level, text = NOT_CHECKED, _because(told[text])
+            found[Finding(name, level, text)] = None
+    return list(found)
 
 
 def _guarded(name: str, check: Check, subject: Any) -> Iterator[Told]:
+    begun = False
     try:
-        yield from check(subject)
+        for told in check(subject):
+            yield told
+            begun = True
     except MissingError as missing:
         if missing.check == name:
             yield missing.level, str(missing)
         else:
-            yield not_checked(f"because of what is said under {missing.check!r}")
+            yield not_checked(("the rest, " if begun else "") + _because(missing.check))
     except InputError as fault:
         yield error(str(fault))
     except Exception as fault:  # of a store, a library or this program: it must not hide the rest
         logging.exception("The check %r failed.", name)
         yield error(f"{type(fault).__name__}: {fault}")
+
+
+def _because(check: str) -> str:
+    return f"because of what is said under {check!r}"
 
 
 def gather(value: Any) -> list[Any]:

@@ -18,6 +18,11 @@ def refused(_):
     raise InputError("the second half is not")
 
 
+def half_lacking(_):
+    yield findings.ok("the first half is well")
+    raise MissingError("refused", ERROR, "no such part")
+
+
 def broken(_):
     yield from ()
     raise ZeroDivisionError("a mistake of the program")
@@ -29,13 +34,16 @@ def lacking(_):
 
 
 def test_a_check_that_fails_hides_no_other():
-    checks = {"broken": broken, "refused": refused, "lacking": lacking, "sound": sound}
+    checks = {"broken": broken, "refused": refused, "lacking": lacking}
+    checks |= {"half": half_lacking, "sound": sound}
     found = findings.examine(checks, None)
     assert found == [
         Finding("broken", ERROR, "ZeroDivisionError: a mistake of the program"),
         Finding("refused", OK, "the first half is well"),
         Finding("refused", ERROR, "the second half is not"),
         Finding("lacking", NOT_CHECKED, "because of what is said under 'refused'"),
+        Finding("half", OK, "the first half is well"),
+        Finding("half", NOT_CHECKED, "the rest, because of what is said under 'refused'"),
         Finding("sound", OK, "all is well"),
     ]
 
@@ -48,7 +56,15 @@ def test_a_part_that_is_missing_is_told_of_by_its_own_check():
 
 def test_one_fault_that_two_checks_meet_is_told_once():
     found = findings.examine({"first": refused, "second": refused}, None)
-    assert found[-1] == Finding("second", NOT_CHECKED, "because of the fault under 'first'")
+    assert found[-1] == Finding("second", NOT_CHECKED, "because of what is said under 'first'")
+
+
+def test_a_check_that_meets_a_fault_twice_tells_it_once():
+    def twice(_):
+        yield findings.error("the second half is not")
+        yield from refused(_)
+
+    assert [each.level for each in findings.examine({"twice": twice}, None)] == [ERROR, OK]
 
 
 def test_what_a_door_refuses_is_a_finding():
