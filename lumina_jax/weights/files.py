@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import pathlib
-import pickle
+import pickletools
+import re
 import struct
 import tempfile
 import uuid
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from lumina_jax import files
+from lumina_jax import files, untrusted
 from lumina_jax.errors import InputError
 from lumina_jax.weights.tensors import Index
 
@@ -33,6 +35,12 @@ _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
     "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+_SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
+# What the pickle in a state dict may call, as "module name".
+_CALLS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
+    r"|torch\.storage (UntypedStorage|TypedStorage)"
+)
 READABLE = frozenset(_DTYPES.values())
 _SAFETENSORS_DTYPES = {name: code for code, name in _DTYPES.items()}
 
@@ -73,18 +81,19 @@ class _Safetensors(Weights):
         for shard in shards:
             try:
                 file = self._stack.enter_context(safe_open(shard, framework="numpy"))
-            except SafetensorError as error:
+                for name in file.keys():  # noqa: SIM118 (it cannot be iterated)
+                    view = file.get_slice(name)
+                    self.shapes[name] = tuple(view.get_shape())
+                    self.dtypes[name] = _DTYPES.get(view.get_dtype(), view.get_dtype())
+                    self._files[name] = file
+            except (SafetensorError, OSError, ValueError) as error:
+                self.close()
                 raise InputError(
                     f"{shard} is not a whole safetensors file ({first_line(error)}). Copy it again."
                 ) from None
-            for name in file.keys():  # noqa: SIM118 (it cannot be iterated)
-                view = file.get_slice(name)
-                self.shapes[name] = tuple(view.get_shape())
-                self.dtypes[name] = _DTYPES.get(view.get_dtype(), view.get_dtype())
-                self._files[name] = file
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        if not index:
+        if 0 in (self.shapes[name] or (0,)):  # what is empty, or has no dim, has no slices
             return self._files[name].get_tensor(name)
         return self._files[name].get_slice(name)[index]
 
@@ -94,19 +103,23 @@ class _Torch(Weights):
         super().__init__(path)
         torch = _import_torch(path)
         try:
+            _check_archive(path)
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # what a pickle of damaged bytes raises is anything
             raise InputError(
                 f"{path} is not a plain archive of tensors, and nothing else is read from a "
                 f"pickle: {first_line(error)} Ask for a safetensors file instead."
             ) from None
         if not isinstance(tensors, dict):
             tensors = {"": tensors}
-        odd = [name for name, x in tensors.items() if not (name and isinstance(x, torch.Tensor))]
+        odd = [name for name, value in tensors.items() if not _is_plain(torch, name, value)]
         if odd:
             raise InputError(
-                f"{path} is not a state dict: {', '.join(map(repr, odd[:5]))} is no tensor with a "
-                f"name. Save its state dict alone, or as safetensors."
+                f"{path} is not a state dict: {', '.join(f'{name!r:.60}' for name in odd[:5])} is "
+                f"no tensor with a name and with all of its numbers in the file. Save its state "
+                f"dict alone, or as safetensors."
             )
         self._tensors = tensors
         for name, tensor in tensors.items():
@@ -114,10 +127,45 @@ class _Torch(Weights):
             self.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        part = self._tensors[name][index].contiguous()
+        part = self._tensors[name].detach()[index].contiguous()
         if self.dtypes[name] == "bfloat16":  # which PyTorch does not hand to numpy
             return part.view(_import_torch(self.path).int16).numpy().view(ml_dtypes.bfloat16)
         return part.numpy()
+
+
+def _check_archive(path: pathlib.Path) -> None:
+    """Refuses what a state dict has no need of: compression, and any call but for tensors.
+
+    A compressed member can be a thousand times as large as its file. Weights-only loading knows
+    more calls than these, and a `bytearray` of any size is one of them.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
+                raise ValueError(f"{member.filename!r:.60} in it is compressed.")
+        for name in archive.namelist():
+            if name.rpartition("/")[2] == "data.pkl":
+                _check_calls(archive.read(name))
+
+
+def _check_calls(content: bytes) -> None:
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
+            raise ValueError(f"it calls by {opcode.name}.")
+        if opcode.name == "GLOBAL" and not _CALLS.fullmatch(argument):
+            raise ValueError(f"it calls {argument!r:.60}.")
+
+
+def _is_plain(torch: Any, name: Any, tensor: Any) -> bool:
+    """Whether this is a named tensor, and no more numbers than there are bytes for.
+
+    A stride of zero would make a terabyte out of one number.
+    """
+    if not (name and isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+        return False
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def open_weights(path: str | os.PathLike) -> Weights:
@@ -152,7 +200,7 @@ def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
     indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     found = sorted(folder.glob("*.safetensors"))
     if len(indices) == 1:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        names = _shard_names(indices[0])
         if missing := [name for name in names if not (folder / name).exists()]:
             raise InputError(
                 f"{folder} lacks {', '.join(missing)}, named by {indices[0].name}. Copy it again."
@@ -167,6 +215,41 @@ def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
     )
 
 
+def _shard_names(index: pathlib.Path) -> list[str]:
+    """The files that an index names: they lie beside it, and nowhere else."""
+    remedy = "Copy it again."
+    weight_map = untrusted.read_json(index, remedy).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    odd = [name for name in names if not (isinstance(name, str) and _SHARD_NAME.fullmatch(name))]
+    if odd:
+        raise InputError(
+            f"{index} names {odd[0]!r:.200} as a file of weights; needed: names that end in "
+            f".safetensors, of files in its own folder. {remedy}"
+        )
+    return sorted(set(names))
+
+
+def is_hub_name(name_or_path: str) -> bool:
+    """Whether this is taken for owner/name on the Hugging Face hub: there is no such path here."""
+    if "://" in name_or_path or name_or_path.count("/") != 1:
+        return False
+    return not pathlib.Path(name_or_path).exists()
+
+
+def fetched_folder(name: str) -> pathlib.Path | None:
+    """What lies on this machine of a repository of the hub, perhaps not all; None if nothing does.
+
+    Nothing is fetched, and nobody is asked.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
 def local_folder(name_or_path: str, *patterns: str) -> pathlib.Path:
     """A local folder, or that of a repository of the Hugging Face hub, fetched if need be.
 
@@ -174,7 +257,7 @@ def local_folder(name_or_path: str, *patterns: str) -> pathlib.Path:
       name_or_path: Such as "models/Lumina-Image-2.0" or "Alpha-VLLM/Lumina-Image-2.0".
       *patterns: What is needed of a repository, such as "vae/*"; it may have none of it.
     """
-    if "://" in name_or_path or pathlib.Path(name_or_path).exists() or name_or_path.count("/") != 1:
+    if not is_hub_name(name_or_path):
         folder = local(name_or_path)
         if not folder.is_dir():
             raise InputError(f"{folder} is a file; give the folder that holds it.")

@@ -23,6 +23,7 @@ from flax import traverse_util
 from lumina_jax.errors import InputError
 from lumina_jax.files import write as write_aside
 from lumina_jax.models.next_dit import STACKS, NextDiTConfig, abstract_params
+from lumina_jax.untrusted import MAX_WIDTH, is_positive, is_whole, number_faults, read_json
 from lumina_jax.weights import convert, files
 from lumina_jax.weights.files import Entry, Weights
 from lumina_jax.weights.tensors import Tensor
@@ -86,6 +87,12 @@ _BLOCK = {
 # A block without modulation has no wrapper around its first norm in diffusers.
 _PLAIN_NORM = ("norm1.weight", "attention_norm1.weight")
 
+# In the config.json of diffusers' transformer.
+_CONFIG_SIZES = (
+    "hidden_size", "num_layers", "num_refiner_layers", "num_attention_heads", "num_kv_heads",
+    "multiple_of", "in_channels", "patch_size", "cap_feat_dim",
+)  # fmt: skip
+
 _COLUMN = {"diffusers": 0, "official": 1}
 FORMATS = ("diffusers", "official", "comfyui")
 
@@ -104,7 +111,7 @@ def open_transformer(path: str | os.PathLike, **known: Any) -> Iterator["Source"
         format = detect_format(weights.shapes)
         config = path / "config.json"
         if config.exists():
-            cfg = from_diffusers_config(json.loads(config.read_text()))
+            cfg = from_diffusers_config(read_json(config, "Copy it again."))
         else:
             cfg = sizes_of(weights, format, **known)
         yield Source(weights, format, cfg)
@@ -134,8 +141,15 @@ class Source(NamedTuple):
             self.tensors(),
             abstract,
             shardings,
-            ignored=lambda name: is_unused(name, self.format),
+            ignored=self._is_unused,
         )
+
+    def check(self) -> None:
+        """Refuses what `load` would refuse, see `convert.check`; reads nothing."""
+        convert.check(self.weights, self.tensors(), self._is_unused)
+
+    def _is_unused(self, name: str) -> bool:
+        return is_unused(name, self.format)
 
 
 def save(
@@ -254,18 +268,22 @@ def sizes_of(weights: Weights, format: str, **known: Any) -> NextDiTConfig:
         }
     column = _COLUMN["diffusers" if format == "diffusers" else "official"]
 
-    def shape(path):
+    def shape(path, num_dims=2):
         name = _OUTER.get(path, ("", ""))[column] or f"layers.0.{_BLOCK[path][column]}"
-        if name not in shapes:
-            raise InputError(f"{weights.path} lacks {name}, which tells the size of the model.")
-        return shapes[name]
+        found = shapes.get(name, ())
+        if len(found) != num_dims or 0 in found:
+            raise InputError(
+                f"{weights.path} lacks {name} of {num_dims} dim(s), which tells the size of the "
+                f"model; found there: {shapes.get(name, 'nothing')}."
+            )
+        return found
 
     def count(stack):
         found = [re.match(rf"{stack}\.(\d+)\.", name) for name in shapes]
         return 1 + max((int(match[1]) for match in found if match), default=-1)
 
     dim, patch_dim = shape("x_embedder/kernel")
-    head_dim = shape("attention/q_norm/scale")[0]
+    (head_dim,) = shape("attention/q_norm/scale", 1)
     kv_rows = shape("attention/k/kernel")[0]
     if format != "diffusers":  # q, k and v in one
         kv_rows = (kv_rows - dim) // 2
@@ -297,13 +315,25 @@ def from_diffusers_config(config: dict) -> NextDiTConfig:
             f"This transformer is a {name}; needed: Lumina2Transformer2DModel, that of "
             f"Lumina-Image 2.0."
         )
+    sizes = dict.fromkeys(_CONFIG_SIZES) | config
+    faults = number_faults(sizes, _CONFIG_SIZES, 1, MAX_WIDTH)
+    factor = config.get("ffn_dim_multiplier")
+    if factor is not None and not (is_positive(factor) and factor <= MAX_WIDTH):
+        faults.append(f"ffn_dim_multiplier={factor!r:.60} is not a positive number")
+    axes = config.get("axes_dim_rope")
+    if not isinstance(axes, list) or not all(is_whole(n, 0, MAX_WIDTH) for n in axes):
+        faults.append(f"axes_dim_rope={axes!r:.60} is not a list of whole numbers")
+    if not is_positive(config.get("norm_eps")):
+        faults.append(f"norm_eps={config.get('norm_eps')!r:.60} is not a positive number")
+    if faults:
+        raise InputError(f"This transformer's config.json is damaged: {'; '.join(faults)}.")
     if config.get("out_channels") not in (None, config["in_channels"]):
         raise InputError(
             f"out_channels={config['out_channels']} differs from in_channels="
             f"{config['in_channels']}, which is not supported."
         )
     inner = 4 * config["hidden_size"]
-    if (factor := config.get("ffn_dim_multiplier")) is not None:
+    if factor is not None:
         inner = int(factor * inner)
     return NextDiTConfig(
         dim=config["hidden_size"],
@@ -312,11 +342,11 @@ def from_diffusers_config(config: dict) -> NextDiTConfig:
         num_heads=config["num_attention_heads"],
         num_kv_heads=config["num_kv_heads"],
         hidden_dim=config["multiple_of"] * math.ceil(inner / config["multiple_of"]),
-        axes_dims=tuple(config["axes_dim_rope"]),
+        axes_dims=tuple(axes),
         in_channels=config["in_channels"],
         patch_size=config["patch_size"],
         cap_feat_dim=config["cap_feat_dim"],
-        norm_eps=config["norm_eps"],
+        norm_eps=float(config["norm_eps"]),
     )
 
 
