@@ -32,8 +32,12 @@ def read_json(path: epath.PathLike, remedy: str) -> dict[str, Any]:
         value = json.loads(content)
         if not isinstance(value, dict):
             raise ValueError(f"needed a JSON object, got a {type(value).__name__}")
-    except (ValueError, RecursionError, IsADirectoryError) as error:
-        raise InputError(f"{path} is damaged ({error}). {remedy}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise InputError(f"{path!s:.300} cannot be read ({error.strerror}). {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path!s:.300} is damaged ({error}). {remedy}") from None
     return value
 
 
@@ -43,12 +47,12 @@ def is_whole(value: Any, least: int, most: int) -> bool:
 
 def is_finite(value: Any) -> bool:
     """Whether this is a number that float64 can hold: JSON's whole numbers have no limit."""
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return isinstance(value, int | float) and bool(abs(value) <= sys.float_info.max)
 
 
 def is_positive(value: Any) -> bool:
     """Whether this is a finite number above zero."""
-    return is_finite(value) and value > 0
+    return is_finite(value) and bool(value > 0)
 
 
 def whole(value: Any, least: int, most: int) -> int:

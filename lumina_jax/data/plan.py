@@ -162,7 +162,7 @@ class Index:
     """
 
     def __init__(self, content: bytes):
-        arrays = np.load(io.BytesIO(content))
+        arrays = np.load(io.BytesIO(content), allow_pickle=False)
         summary = json.loads(arrays["summary"].tobytes())
         self.num_read: int = summary["num_read"]
         self.attempt: str = summary["attempt"]

@@ -370,7 +370,9 @@ class Job:
         path = epath.Path(self.targets[column].directory) / name
         if path.exists():
             return
-        planned = np.load(io.BytesIO(self._plan_path(column, name).read_bytes()))
+        planned = np.load(
+            io.BytesIO(self._plan_path(column, name).read_bytes()), allow_pickle=False
+        )
         wanted = planned["records"]
         attempts = dict(zip(planned["parts"].tolist(), planned["attempts"].tolist(), strict=True))
         pieces = np.split(wanted, np.flatnonzero(np.diff(wanted[:, 0])) + 1)

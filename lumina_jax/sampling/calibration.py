@@ -19,8 +19,10 @@ from jaxtyping import Float
 from lumina_jax import files
 from lumina_jax.errors import InputError
 from lumina_jax.sampling.sampler import Trace
+from lumina_jax.untrusted import is_finite, read_json
 
 FILE_NAME = "cache_calibration.json"
+_REMAKE = "Make it again: tools/calibrate_cache.py."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +53,18 @@ class Calibration:
         path = epath.Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         try:
-            return cls(**json.loads(path.read_text()))
+            found = read_json(
+                path, "So it is no calibration of a cache: make it again, tools/calibrate_cache.py."
+            )
+            if not all(map(is_finite, found["coefficients"])):
+                raise ValueError("its coefficients are no numbers")
+            return cls(**found)
         except FileNotFoundError:
             raise InputError(f"{path} does not exist. Make it: tools/calibrate_cache.py.") from None
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{path} is no calibration of a cache ({error}). Make it again: "
-                f"tools/calibrate_cache.py."
-            ) from None
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is no calibration of a cache ({error}). {_REMAKE}") from None
 
 
 def pairs(trace: Trace) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:

@@ -100,10 +100,16 @@ def read_metadata(path: epath.PathLike) -> dict[str, Any]:
     """What `write_picture` wrote beside the pixels."""
     try:
         with epath.Path(path).open("rb") as file, Image.open(file, formats=["PNG"]) as image:
-            return dict(json.loads(image.info[_KEY]))
+            found = dict(json.loads(image.info[_KEY]))
+            if not isinstance(found.get("sampling", {}), dict):
+                raise ValueError("its settings are no object")
+            return found
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
-    except (UnidentifiedImageError, KeyError, TypeError, ValueError):
+    except (
+        UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, KeyError, TypeError,
+        ValueError, RecursionError,
+    ):  # fmt: skip
         raise InputError(
             f"{path} holds no settings of lumina_jax: it was not drawn by lumina_jax.sample, or "
             f"another program has saved it anew."

@@ -69,7 +69,7 @@ def _parse(text: str) -> tuple[dict, list[str]]:
     """A line of JSON, and what is wrong with it."""
     try:
         line = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, [f"not JSON: {error}"]
     if not isinstance(line, dict):
         return {}, [f'{text.strip()[:40]} is not an object, such as {{"prompt": "a red fox"}}']
