@@ -16,6 +16,7 @@ Axes: L layers, m inputs and n outputs of a matrix.
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from lumina_jax.errors import InputError
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon", "adafactor")
 MOMENT_DTYPES = ("float32", "bfloat16")
+MAX_STEPS = 2**31 - 1  # optax counts in int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,8 @@ class OptimConfig:
         ):  # fmt: skip
             if getattr(self, key) not in choices:
                 faults.append(f"{key}={getattr(self, key)!r} is not one of {', '.join(choices)}")
-        if self.learning_rate <= 0 or self.grad_clip <= 0:
+        # Written so that what is no number fails too.
+        if not 0 < self.learning_rate < math.inf or not self.grad_clip > 0:
             faults.append(
                 f"learning_rate={self.learning_rate} and grad_clip={self.grad_clip} must be "
                 f"positive (grad_clip=inf clips nothing)"
@@ -63,8 +66,13 @@ class OptimConfig:
         for key in ("b1", "b2", "muon_momentum", "ema_decay"):
             if not 0 <= getattr(self, key) < 1:
                 faults.append(f"{key}={getattr(self, key)} must be in [0, 1)")
-        if self.warmup_steps < 0:
-            faults.append(f"warmup_steps={self.warmup_steps} must not be negative")
+        for key in ("eps", "weight_decay"):
+            if not 0 <= getattr(self, key) < math.inf:
+                faults.append(f"{key}={getattr(self, key)} must be zero or more")
+        if not 0 <= self.warmup_steps < MAX_STEPS:
+            faults.append(
+                f"warmup_steps={self.warmup_steps} must not be negative, and below {MAX_STEPS}"
+            )
         if self.moment_dtype == "bfloat16" and max(self.b1, self.b2, self.muon_momentum) > 0.99:
             faults.append(
                 f"b1={self.b1}, b2={self.b2}, muon_momentum={self.muon_momentum}: a moment of "
@@ -77,6 +85,8 @@ class OptimConfig:
 
 def learning_rate(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
     """Linear warm-up to `learning_rate`, then constant or a cosine down to zero at `num_steps`."""
+    if not 0 < num_steps < MAX_STEPS:
+        raise InputError(f"train.num_steps={num_steps} must be 1 or more, and below {MAX_STEPS}.")
     if cfg.schedule == "cosine":
         after = optax.cosine_decay_schedule(cfg.learning_rate, max(num_steps - cfg.warmup_steps, 1))
     else:
@@ -117,6 +127,11 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
             optax.scale_by_learning_rate(learning_rate(cfg, num_steps)),
         ),
     )
+
+
+def is_schedule(state: Any) -> bool:
+    """Whether this part of an optimizer's state counts the steps of the learning rate."""
+    return isinstance(state, optax.ScaleByScheduleState)
 
 
 def kept_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
