@@ -627,7 +627,7 @@ def test_markup_in_a_prompt_is_letters_everywhere_on_the_page(page):
     prompt = '"><img src=x onerror="window.executed=1"><script>window.executed=1</script>'
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_label("Negative prompt").fill("${window.executed=1} </textarea>" + prompt)
-    page.get_by_role("button", name="Draw").click()
+    page.get_by_role("button", name="Draw", exact=True).click()
     page.get_by_text("Drawn in").wait_for()
     assert page.locator("#result .stage img").last.get_attribute("alt") == prompt
     page.locator("#gallery img").first.click()

@@ -30,7 +30,10 @@ _NAME_HEADERS = (
 )  # fmt: skip
 _NO_END = "no end mark"
 # Of tarfile, and of gzip, bzip2 and xz below it, which pass some of theirs on.
-_DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
+# TypeError is of a header of gzip that ends too soon.
+_DAMAGE = (
+    tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError, TypeError
+)  # fmt: skip
 _CUT = (_NO_END, "unexpected end of data")  # the second is tarfile's
 
 

@@ -247,3 +247,14 @@ def test_names_that_lead_elsewhere_write_and_read_nothing(tmp_path, read_all, pn
     assert sorted(tmp_path.rglob("*")) == before
     assert not any("a secret" in repr(item) for item in items)
     assert {item.id: item.fault and item.fault.reason for item in items}["a.tar/y"] == "not a file"
+
+
+def test_a_packed_archive_that_ends_early_is_a_fault(tmp_path, png):
+    """Found by fuzzing: tarfile raises a TypeError where the header of gzip ends too soon."""
+    whole = gzip.compress(tar(samples(png, "a")), mtime=0)
+    whole = whole[:3] + b"\x08" + whole[4:10] + b"name.tar\0" + whole[10:]  # as gzip writes it
+    for length in range(1, 60):  # the header has 19 bytes
+        (tmp_path / "a.tar.gz").write_bytes(whole[:length])
+        source = WebDatasetSource(str(tmp_path))
+        items = [item for part in source.parts() for item in source.read(part)]
+        assert items[-1].fault is not None
