@@ -191,9 +191,16 @@ def local(path: str | os.PathLike) -> pathlib.Path:
             f"with tools/convert_checkpoint.py to a checkpoint, which may lie in a bucket."
         )
     path = pathlib.Path(path)
-    if not path.exists():
-        raise InputError(f"No file or folder at {path.absolute()}.")
+    if not _exists(path):
+        raise InputError(f"No file or folder at {path.absolute()!s:.300}.")
     return path
+
+
+def _exists(path: str | os.PathLike) -> bool:
+    try:
+        return pathlib.Path(path).exists()
+    except OSError:  # a name that is too long, a folder that may not be looked into
+        return False
 
 
 def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -233,7 +240,7 @@ def is_hub_name(name_or_path: str) -> bool:
     """Whether this is taken for owner/name on the Hugging Face hub: there is no such path here."""
     if "://" in name_or_path or name_or_path.count("/") != 1:
         return False
-    return not pathlib.Path(name_or_path).exists()
+    return not _exists(name_or_path)
 
 
 def fetched_folder(name: str) -> pathlib.Path | None:

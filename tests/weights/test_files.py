@@ -160,6 +160,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path):
     [
         ("nowhere", "No file or folder at"),
         ("gs://bucket/x.safetensors", "is not on a local disk"),
+        ("x" * 5000, "No file or folder at"),  # found by fuzzing
         ("x.bin", "not a folder with safetensors, and its suffix is not"),
         ("", "must hold one .safetensors file, or several with one"),
     ],
