@@ -31,6 +31,7 @@ SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon", "adafactor")
 MOMENT_DTYPES = ("float32", "bfloat16")
 MAX_STEPS = 2**31 - 1  # optax counts in int32
+LARGEST = 2.0**127  # what is larger may be infinite in float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class OptimConfig:
             if getattr(self, key) not in choices:
                 faults.append(f"{key}={getattr(self, key)!r} is not one of {', '.join(choices)}")
         # Written so that what is no number fails too.
-        if not 0 < self.learning_rate < math.inf or not self.grad_clip > 0:
+        if not 0 < self.learning_rate < LARGEST or not self.grad_clip > 0:
             faults.append(
                 f"learning_rate={self.learning_rate} and grad_clip={self.grad_clip} must be "
                 f"positive (grad_clip=inf clips nothing)"
@@ -67,7 +68,7 @@ class OptimConfig:
             if not 0 <= getattr(self, key) < 1:
                 faults.append(f"{key}={getattr(self, key)} must be in [0, 1)")
         for key in ("eps", "weight_decay"):
-            if not 0 <= getattr(self, key) < math.inf:
+            if not 0 <= getattr(self, key) < LARGEST:
                 faults.append(f"{key}={getattr(self, key)} must be zero or more")
         if not 0 <= self.warmup_steps < MAX_STEPS:
             faults.append(

@@ -237,6 +237,7 @@ def test_the_average_forgets_its_start_then_follows_slowly():
         ({"warmup_steps": -1}, "warmup_steps=-1 must not be negative"),
         ({"warmup_steps": 2**31}, "warmup_steps=2147483648 must .* below 2147483647"),
         ({"learning_rate": math.nan}, "learning_rate=nan .* must be positive"),
+        ({"learning_rate": 1e269}, "learning_rate=1e[+]269 .* must be positive"),  # by fuzzing
         ({"learning_rate": math.inf}, "learning_rate=inf .* must be positive"),
         ({"grad_clip": math.nan}, "grad_clip=nan must be positive"),
         ({"eps": math.nan}, "eps=nan must be zero or more"),

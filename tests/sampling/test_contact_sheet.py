@@ -149,3 +149,12 @@ def test_a_sheet_is_saved_whole(tmp_path):
 def test_what_cannot_be_drawn_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         contact_sheet(**({"images": [RED], "captions": ["a"], "columns": 1} | change))
+
+
+def test_a_caption_cannot_bring_a_picture_of_the_disk_onto_the_sheet(tmp_path):
+    """The sheet is drawn as SVG, in which an element can name a file."""
+    Image.new("RGB", (64, 64), (0, 255, 0)).save(tmp_path / "secret.png")
+    element = f'<image href="{tmp_path}/secret.png" width="64" height="64"/>'
+    for caption in (element, f"</text>{element}<text>", f"]]>{element}", f'"/>{element}'):
+        sheet = np.asarray(contact_sheet([RED], [caption], columns=1, cell_size=64, title=caption))
+        assert not (sheet[..., 1].astype(int) - sheet[..., 0] > 100).any()
