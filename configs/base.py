@@ -97,6 +97,13 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 1000  # steps
     train.keep_checkpoints = 3  # the newest ones
     train.keep_checkpoint_every = 10_000  # steps; these are kept for ever
+    train.keep_best_checkpoints = 0  # those with the lowest validation loss, besides
+    train.if_damaged = "stop"  # a checkpoint that cannot be read; or previous: take the one before
+    # In a row, whose loss or gradient is not finite. They are not applied; then the run ends.
+    train.max_skipped_steps = 10
+    train.hang_timeout = (
+        1800.0  # seconds without a step, a save or the like, then it ends; 0: never
+    )
     # Steps to record with the profiler, such as (100, 110): 100 to 109. Also on demand: a file
     # `profile` in the workdir, see docs/training.md.
     train.profile_steps = ()

@@ -54,7 +54,13 @@ def get_config() -> ConfigDict:
     train.log_every = 50
     train.checkpoint_every = 300
     train.keep_checkpoints = 2
-    train.keep_checkpoint_every = 0
+    train.keep_checkpoint_every = 0  # steps; these are kept for ever
+    train.if_damaged = "stop"  # a checkpoint that cannot be read; or previous: take the one before
+    # In a row, whose loss or gradient is not finite. They are not applied; then the run ends.
+    train.max_skipped_steps = 10
+    train.hang_timeout = (
+        1800.0  # seconds without a step, a save or the like, then it ends; 0: never
+    )
     # Steps to record with the profiler, such as (100, 110): 100 to 109. Also on demand: a file
     # `profile` in the workdir, see docs/training.md.
     train.profile_steps = ()

@@ -3,47 +3,100 @@
     <workdir>/checkpoints/<step>/state   parameters, average, moments, step (sharded arrays)
     <workdir>/checkpoints/<step>/data    the data's whole state: the index of the next batch
     <workdir>/checkpoints/<step>/meta    config, sizes of the model, fingerprint of the data
+    <workdir>/checkpoints/<step>/digest  checksums of all three
+    <workdir>/damaged/<step>             what was set aside
 
-Orbax writes aside and renames, so a directory with a step's name is whole. Nothing here falls back:
-what cannot be restored raises.
+Orbax marks a checkpoint that is written to the end, and no other one is ever listed. What is read
+is compared with the digest (lumina_jax/digest.py), so that a file which is cut, missing or changed
+is found however it came about. Nothing here falls back by itself: what cannot be restored raises,
+unless the config says that the checkpoint before is to be taken.
 """
 
+import contextlib
 import dataclasses
+import functools
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import fsspec
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from lumina_jax.errors import InputError
+from lumina_jax import digest, distributed
+from lumina_jax.errors import DamagedError, InputError, RestartError
 from lumina_jax.train_step import TrainState
 
 _DIRECTORY = "checkpoints"
-_ITEMS = ("state", "data", "meta")
+_DAMAGED = "damaged"
+_ITEMS = ("state", "data", "meta", "digest")
 WEIGHTS = ("ema", "params")  # sets of weights that a checkpoint of a run has
+IF_DAMAGED = ("stop", "previous")
+BEST_BY = "validation_loss"
+# How a hand-over was asked for is no difference between two runs.
+_OF_HAND_OVER = ("train.init_from", "train.init_weights", "train.init_optimizer")
+# Settings that may change when a run goes on, and then change what it learns.
+_OF_LEARNING = ("optim.", "flow.", "loss.", "model.", "train.num_steps")
+FORMAT = 2  # since when there is a digest
+# What files of a checkpoint raise that are missing, cut off or changed. Not what devices raise.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 class Checkpointer:
     """The checkpoints of one run. Saving returns at once; writing goes on behind the next steps.
 
+    Nothing is touched before the first call of a method, so that a run can take its lease first.
+
     Args:
       workdir: Of the run; any path that Orbax takes.
       keep_latest: How many of the newest to keep.
       keep_every: Keep besides, for ever, those at multiples of this step; 0 keeps none.
+      keep_best: Keep besides so many of those with the lowest validation loss.
+      if_damaged: "stop", or "previous": a damaged checkpoint is set aside for the one before.
     """
 
-    def __init__(self, workdir: str, *, keep_latest: int, keep_every: int):
-        policies = [checkpoint_managers.LatestN(keep_latest)]
-        if keep_every:
-            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        keep_latest: int,
+        keep_every: int,
+        keep_best: int = 0,
+        if_damaged: str = "stop",
+    ):
         self.directory = epath.Path(workdir).absolute() / _DIRECTORY
+        self._if_damaged = if_damaged
+        self._policies = [checkpoint_managers.LatestN(keep_latest)]
+        if keep_every:
+            self._policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        self._keeps_best = bool(keep_best)
+        if keep_best:
+            best = checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[BEST_BY],
+                reverse=True,  # the lowest last, where BestN takes them
+                n=keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+            self._policies.append(best)
+        self._writing: int | None = None  # the step that is on its way to the disk
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.directory,
             item_names=_ITEMS,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies)
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(self._policies),
+                # Tells Orbax that there are metrics to write; the policy decides by them.
+                best_fn=(lambda metrics: -metrics[BEST_BY]) if self._keeps_best else None,
+                cleanup_tmp_directories=True,  # what a killed save left
             ),
         )
 
@@ -54,22 +107,33 @@ class Checkpointer:
         """Whether the machine was told to stop; the same answer on every process."""
         return self._manager.reached_preemption(step)
 
-    def save(self, state: TrainState, step: int, meta: dict) -> None:
+    def save(
+        self, state: TrainState, step: int, meta: dict, *, validation_loss: float | None = None
+    ) -> None:
         """Saves `state` as of `step`, once; a step that is already there is left alone."""
         if step != self._manager.latest_step():
-            self.write(step, state._asdict(), meta)
+            self.write(step, state._asdict(), meta, validation_loss=validation_loss)
 
-    def write(self, step: int, state: dict, meta: dict) -> None:
-        """Begins to write a checkpoint."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave({"next_batch": step}),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            force=True,
-        )
+    def write(
+        self, step: int, state: dict, meta: dict, *, validation_loss: float | None = None
+    ) -> None:
+        """Begins to write a checkpoint; raises if the one before could not be written."""
+        self.wait()
+        meta, data = {"format": FORMAT, **meta}, {"next_batch": step}
+        checksums = digest.make(state, data=data, meta=meta)
+        with self._writes(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave(data),
+                    meta=ocp.args.JsonSave(meta),
+                    digest=ocp.args.JsonSave(checksums),
+                ),
+                metrics=None if validation_loss is None else {BEST_BY: validation_loss},
+                force=True,
+            )
+        self._writing = step
 
     def restore(
         self, abstract_state: TrainState, shardings: TrainState, meta: dict
@@ -78,37 +142,66 @@ class Checkpointer:
 
         Refuses the state of another model or of another order of the data.
         """
-        step = self._manager.latest_step()
-        saved = load_meta(self.directory / str(step))
+        while True:
+            step = self._manager.latest_step()
+            try:
+                return self._restore(self.directory / str(step), abstract_state, shardings, meta)
+            except DamagedError as error:
+                if self._if_damaged != "previous" or len(self._manager.all_steps()) < 2:
+                    raise
+                logging.error("%s", error)
+                self._set_aside(step)
+
+    def _restore(self, directory, abstract_state, shardings, meta):
+        saved, data = load_meta(directory), load_data(directory)
         if saved["data"] is None:
             raise InputError(
                 f"{self.directory} holds weights alone, no run to go on with. Name it as "
                 f"config.train.init_from and give another --workdir."
             )
-        check_same("model", saved["model"], meta["model"], self.directory)
-        check_same("data", saved["data"], meta["data"], self.directory)
-        # A checkpoint without the entry is from before there was a choice.
-        check_same(
-            "optimizer", {"name": "adamw"} | saved.get("optimizer", {}), meta["optimizer"],
-            self.directory,
-        )  # fmt: skip
-        target = _target(abstract_state, shardings)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target._asdict()), data=ocp.args.JsonRestore()
-            ),
-        )
-        return TrainState(**restored["state"]), restored["data"]["next_batch"]
+        check_same_run(saved, meta, self.directory)
+        if jax.process_index() == 0 and (changes := describe_changes(saved, meta)):
+            logging.info("%s", changes)
+        state = _read(directory, _target(abstract_state, shardings)._asdict())
+        return TrainState(**state), data["next_batch"]
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            logging.error("Set aside as %s.", set_aside(self.directory.parent, step))
+        multihost_utils.sync_global_devices(f"set_aside_{step}")
+        self._manager.reload()
 
     def is_writing(self) -> bool:
         """Whether the last save is still on its way to the disk."""
         return self._manager.is_saving_in_progress()
 
+    def num_bytes(self) -> int:
+        """The size on disk of the newest checkpoint."""
+        return num_bytes(self.directory / str(self.latest_step()))
+
+    def wait(self) -> None:
+        """Waits for the last save to be on disk; raises a RestartError if it cannot be written."""
+        if self._writing is not None:
+            with self._writes(self._writing):
+                self._manager.wait_until_finished()
+            self._writing = None
+
     def close(self) -> None:
         """Waits for the last save to be on disk."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _writes(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore says "no space left" as a ValueError
+            self._writing = None
+            raise RestartError(
+                f"The checkpoint of step {step} could not be written: {_first_line(error)} The "
+                f"newest whole one in {self.directory} is {_newest(self.directory)}. Mend the "
+                f"storage, or make room; the same command goes on from there."
+            ) from error
 
 
 def save_weights(workdir: epath.PathLike, params: Any, meta: dict) -> None:
@@ -120,6 +213,27 @@ def save_weights(workdir: epath.PathLike, params: Any, meta: dict) -> None:
         )
     checkpointer.write(0, {"ema": params}, {**meta, "data": None})
     checkpointer.close()
+
+
+def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
+    """Moves a checkpoint out of the way of the run, to `<workdir>/damaged/`; returns where to.
+
+    The newest of those that stay is then where the run goes on.
+    """
+    directory = find(workdir, step)
+    target = epath.Path(workdir).absolute() / _DAMAGED / str(step)
+    number = itertools.count(2)
+    while target.exists():
+        target = target.with_name(f"{step}_{next(number)}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    directory.rename(target)
+    return target
+
+
+def num_bytes(directory: epath.Path) -> int:
+    """The size of a checkpoint on disk."""
+    fs, root = fsspec.core.url_to_fs(os.fspath(directory))
+    return fs.du(root)
 
 
 def weights_meta(model: Any, config: dict) -> dict:
@@ -144,14 +258,7 @@ def is_run(path: epath.PathLike) -> bool:
 
 def find(path: epath.PathLike, step: int | None = None) -> epath.Path:
     """The directory of one checkpoint, given a run's workdir; the newest if no step is named."""
-    root = epath.Path(path).absolute()
-    directory = root / _DIRECTORY
-    if not directory.is_dir():
-        raise InputError(
-            f"No checkpoint at {root}: it has no directory {_DIRECTORY!r}. Give the --workdir of a "
-            f"lumina_jax run."
-        )
-    steps = sorted(ocp.utils.checkpoint_steps(directory))  # finished ones only
+    steps, directory = find_steps(path), epath.Path(path).absolute() / _DIRECTORY
     if not steps:
         raise InputError(f"No checkpoint in {directory} yet. Let the run reach its first save.")
     if step is not None and step not in steps:
@@ -159,15 +266,66 @@ def find(path: epath.PathLike, step: int | None = None) -> epath.Path:
     return directory / str(steps[-1] if step is None else step)
 
 
+def find_steps(path: epath.PathLike) -> list[int]:
+    """The steps of the finished checkpoints in a run's workdir, ascending."""
+    root = epath.Path(path).absolute()
+    directory = root / _DIRECTORY
+    if not directory.is_dir():
+        raise InputError(
+            f"No checkpoint at {root}: it has no directory {_DIRECTORY!r}. Give the --workdir of a "
+            f"lumina_jax run."
+        )
+    return sorted(ocp.utils.checkpoint_steps(directory))
+
+
 def load_meta(directory: epath.Path) -> dict:
     """What was saved beside the arrays: config, sizes, fingerprint."""
-    if not all((directory / item).is_dir() for item in _ITEMS):
+    if not (directory / "state").is_dir() and not (directory / "meta").is_dir():
         raise InputError(
             f"{directory} is not a checkpoint of lumina_jax: it needs {', '.join(_ITEMS)} and has "
             f"{sorted(entry.name for entry in directory.iterdir())}."
         )
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(directory / "meta")
+    return _load_json(directory, "meta")
+
+
+def load_data(directory: epath.Path) -> dict:
+    """Where the data stand: `next_batch`, an index."""
+    return _load_json(directory, "data")
+
+
+def load_digest(directory: epath.Path) -> dict | None:
+    """The checksums of a checkpoint; None if it is from before there were any."""
+    try:
+        if _read_json(directory, "meta").get("format", 1) < FORMAT:
+            return None
+        found = _read_json(directory, "digest")
+    except _UNREADABLE as error:
+        raise _damaged(directory, [_first_line(error)]) from error
+    if not digest.is_sound(found):
+        raise _damaged(directory, [f"{directory / 'digest'} is not what was written"])
+    return found
+
+
+def _load_json(directory: epath.Path, item: str) -> dict:
+    try:
+        content = _read_json(directory, item)
+    except _UNREADABLE as error:
+        raise _damaged(directory, [_first_line(error)]) from error
+    found = load_digest(directory)
+    if found is not None and digest.of_json(content) != found.get(item):
+        raise _damaged(directory, [f"{directory / item} is not what was written"])
+    return content
+
+
+def _read_json(directory: epath.Path, item: str) -> dict:
+    path = directory / item / "metadata"
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object")
+    return content
 
 
 def dtype_of(directory: epath.Path, weights: str) -> str:
@@ -187,14 +345,83 @@ def load_params(
 
 def load_part(directory: epath.Path, name: str, abstract: Any, shardings: Any) -> Any:
     """One part of a state, laid out by `shardings`; nothing else is read."""
-    target = {name: _target(abstract, shardings)}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        restored = reader.restore(
+    return _read(directory, {name: _target(abstract, shardings)})[name]
+
+
+def _read(directory: epath.Path, target: dict) -> dict:
+    """Reads parts of a state; a DamagedError on every process if one cannot, or reads others."""
+    fault = ""
+    try:
+        restored = ocp.PyTreeCheckpointHandler().restore(
             directory / "state",
-            args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
+            args=ocp.args.PyTreeRestore(
+                target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True,
+            ),
         )
-    return restored[name]
+    except jax.errors.JaxRuntimeError:  # of the devices, such as too little memory
+        raise
+    except Exception as error:  # Orbax raises what it likes
+        fault = _first_line(error)
+    # Before anything else that all must do together: who failed would not be there.
+    if faults := distributed.faults(fault):
+        raise _damaged(directory, sorted(set(faults.values())))
+    found = load_digest(directory)
+    if found is not None and (differing := digest.differing(restored, found)):
+        raise _damaged(directory, [f"arrays are not what was saved: {_listed(differing)}"])
+    return restored
+
+
+def _damaged(directory: epath.Path, faults: Sequence[str]) -> DamagedError:
+    workdir, step = directory.parent.parent, directory.name
+    others = [str(n) for n in find_steps(workdir) if str(n) != step]
+    return DamagedError(
+        f"The checkpoint {directory} is damaged: {'; '.join(faults)}. Nothing was changed. Others: "
+        f"{', '.join(others) or 'none'}. Copy it anew from where it is whole; or go on from the "
+        f"one before with `python tools/checkpoints.py set_aside --workdir={workdir} "
+        f"--step={step}`, or always with config.train.if_damaged=previous."
+    )
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    """What the first of a chain of errors says, such as TensorStore of a file."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().split("\n")[0][:600] or type(error).__name__
+
+
+def _newest(directory: epath.Path) -> str:
+    steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    return f"of step {steps[-1]}" if steps else "none"
+
+
+def verify(directory: epath.Path) -> None:
+    """Reads everything in a checkpoint, a part at a time, on one device; raises a DamagedError."""
+    load_meta(directory), load_data(directory)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        trees = parts(directory)
+    except Exception as error:  # Orbax raises what it likes
+        raise _damaged(directory, [_first_line(error)]) from error
+    for name, tree in trees.items():
+        load_part(directory, name, tree, jax.tree.map(lambda _: device, tree))
+
+
+def validation_loss(directory: epath.Path) -> float | None:
+    """The validation loss that a checkpoint was kept for; None if it was not measured."""
+    path = directory / "metrics" / "metrics"
+    if not path.exists():
+        return None
+    try:
+        return float(json.loads(path.read_text())[BEST_BY])
+    except _UNREADABLE:
+        return None
 
 
 def parts(directory: epath.Path) -> dict[str, Any]:
@@ -219,6 +446,28 @@ def _target(abstract: Any, shardings: Any) -> Any:
     )
 
 
+def check_same_run(saved: dict, meta: dict, where: epath.Path) -> None:
+    """Refuses to go on with a run of another model, order of the data or optimizer."""
+    check_same("model", saved["model"], meta["model"], where)
+    check_same("data", saved["data"], meta["data"], where)
+    # A checkpoint without the entry is from before there was a choice.
+    optimizer = {"name": "adamw"} | saved.get("optimizer", {})
+    check_same("optimizer", optimizer, meta["optimizer"], where)
+
+
+def describe_changes(saved: dict, meta: dict) -> str:
+    """The settings that differ from those the checkpoint was written with; "" if none does."""
+    changes = differences(saved["config"], meta["config"])
+    learning = [line for line in changes if line.startswith(_OF_LEARNING)]
+    parts = {
+        "Since the checkpoint these settings have changed, and with them what is learned from here":
+            learning,
+        "Since the checkpoint these settings have changed, which learning does not depend on but "
+        "for rounding": [line for line in changes if line not in learning],
+    }  # fmt: skip
+    return "\n".join("\n  ".join([f"{title}:", *lines]) for title, lines in parts.items() if lines)
+
+
 def check_same(what: str, saved: dict, needed: dict, where: epath.Path) -> None:
     """Refuses a checkpoint whose `what` differs, naming every difference."""
     # None of them changes what the arrays mean.
@@ -233,3 +482,29 @@ def check_same(what: str, saved: dict, needed: dict, where: epath.Path) -> None:
             f"The checkpoint in {where} is of another {what}: {'; '.join(differing)}. Use its own "
             f"settings, or another --workdir (config.train.init_from takes over weights)."
         )
+
+
+def differences(saved: dict, config: dict) -> list[str]:
+    """Settings that differ, one a line, of the sections that both have.
+
+    Converted weights know three sections only; a key that one side does not have is absent there.
+    """
+    both = saved.keys() & config.keys()
+    there, here = (
+        # As JSON returns it: a tuple is a list.
+        dict(_flat(json.loads(json.dumps({name: side[name] for name in both}))))
+        for side in (saved, config)
+    )
+    return [
+        f"{key}: {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if key not in _OF_HAND_OVER and there.get(key) != here.get(key)
+    ]
+
+
+def _flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

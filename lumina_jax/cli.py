@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from lumina_jax.errors import InputError
+from lumina_jax import distributed
+from lumina_jax.errors import INTERRUPTED, InputError
 
 _PACKAGE = str(pathlib.Path(__file__).parent)
 
@@ -50,7 +51,12 @@ def run(
             _fail(str(error), one_line=False, status=error.status)
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            if distributed.peers() is not None:
+                logging.exception("Not an error that was foreseen:")
+                distributed.fail(1, f"{type(error).__name__}: {error}")
+            raise
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -78,5 +84,6 @@ def _check_config() -> None:
 
 def _fail(message: str, one_line: bool = True, status: int = InputError.status) -> None:
     # Messages of other libraries are broken anywhere; ours where a list begins.
-    print("error:", " ".join(message.split()) if one_line else message, file=sys.stderr)
+    print("error:", " ".join(message.split()) if one_line else message, file=sys.stderr, flush=True)
+    distributed.fail(status, message)
     sys.exit(status)

@@ -5,9 +5,11 @@ clusters: Open MPI, SLURM, TPUs on GKE and on Cloud TPU VMs, Kubernetes jobs. Be
 the roll is called.
 """
 
+import atexit
 import importlib.util
 import os
 import re
+import socket
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,6 +18,7 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 
 from lumina_jax.errors import InputError, JoinError
+from lumina_jax.peers import Peers
 from lumina_jax.roll_call import Place, call_the_roll
 
 _VARIABLES = {
@@ -31,6 +34,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "How many processes there are.")
     flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
     flags.DEFINE_float("join_timeout", 300.0, "Seconds to wait for all processes.", lower_bound=0)
+    flags.DEFINE_float(
+        "lost_timeout", 60.0, "Seconds after which a silent process is lost.", lower_bound=1
+    )
 
 
 def initialize(
@@ -39,6 +45,7 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
     join_timeout: float = 300.0,
+    lost_timeout: float = 60.0,
 ) -> None:
     """Starts `jax.distributed` where this process is one of several; elsewhere it is alone.
 
@@ -50,6 +57,8 @@ def initialize(
       process_id: Which of them this one is.
       join_timeout: Seconds to wait for all of them; then all that wait end with a JoinError that
         names the missing.
+      lost_timeout: Seconds after which a process that gives no sign of life counts as lost; then
+        all others end with the status that asks for another start.
     """
     place = _from_settings(coordinator_address, num_processes, process_id)
     if place is None and (cluster := _cluster_sign()):
@@ -57,8 +66,11 @@ def initialize(
     if place is not None:
         call_the_roll(place, join_timeout)
         jax.distributed.initialize(
-            place.address, place.num_processes, place.process_id, place.local_device_ids
-        )
+            place.address, place.num_processes, place.process_id, place.local_device_ids,
+            # It aborts this process when another is lost; ours comes first, and says more.
+            heartbeat_timeout_seconds=round(2 * lost_timeout),
+        )  # fmt: skip
+        _watch_over(place, lost_timeout)
     logging.info(
         "Process %d of %d; %d of %d devices (%s) are its own.",
         jax.process_index(), jax.process_count(),
@@ -68,7 +80,7 @@ def initialize(
 
 def from_flags() -> None:
     """`initialize` with the flags of `define_flags`."""
-    names = (*_VARIABLES, "join_timeout")
+    names = (*_VARIABLES, "join_timeout", "lost_timeout")
     initialize(**{name: flags.FLAGS[name].value for name in names})
 
 
@@ -183,6 +195,46 @@ def _tpu_hosts(num_processes: int) -> tuple[str, ...]:
         workers = (f"slice {number}, worker {worker}" for worker in range(len(own)))
         hosts += own if mine else workers
     return tuple(hosts)
+
+
+def faults(own: str) -> dict[int, str]:
+    """What went wrong on which process; each says its own, "" if nothing did, and waits for all."""
+    text = np.zeros(1000, np.uint8)
+    said = own.encode()[: len(text)]
+    text[: len(said)] = np.frombuffer(said, np.uint8)
+    rows = multihost_utils.process_allgather(text).reshape(-1, len(text))
+    found = (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows)
+    return {process: fault for process, fault in enumerate(found) if fault}
+
+
+def peers() -> Peers | None:
+    """The other processes of this run; None where it is alone."""
+    return _peers
+
+
+def fail(status: int, reason: str) -> None:
+    """Ends all processes of the run for the reason of this one; returns where it is alone."""
+    if _peers is not None:
+        process = f"Process {jax.process_index()} ({socket.gethostname()})"
+        _peers.end_all(status, f"{process} has failed: {reason}")
+
+
+_peers: Peers | None = None
+
+
+def _watch_over(place: Place, lost_timeout: float) -> None:
+    global _peers
+    # Not public; multihost_utils only has what waits for all.
+    from jax._src import distributed
+
+    _peers = Peers(
+        distributed.global_state.client,
+        place.process_id,
+        place.num_processes,
+        name=place.name,
+        lost_timeout=lost_timeout,
+    )
+    atexit.register(_peers.close)  # before JAX leaves its cluster
 
 
 def told_by_first(find: Callable[[], Sequence[int]], num: int) -> list[int]:

@@ -1,21 +1,33 @@
-"""The errors that a user can mend: a bad flag, file, size or layout; processes that do not meet."""
+"""The errors that a user can mend, and the exit status that each of them ends a command with.
+
+2    the input is wrong; started again, the same command fails again
+75   nothing is wrong with it: start the same command again, it goes on
+130  interrupted by a person
+"""
+
+RESTART = 75  # EX_TEMPFAIL of sysexits.h, which says the same to a scheduler
+INTERRUPTED = 130
 
 
 class InputError(ValueError):
     """Says what was given, what was needed and what to do.
 
     Raised at the door, where input enters the program. The command line prints the message alone,
-    without a traceback, and leaves with exit status 2.
+    without a traceback, and leaves with its exit status.
     """
 
     status = 2
 
 
-class JoinError(InputError):
-    """The processes of a run did not find each other; starting again may help.
+class DamagedError(InputError):
+    """A checkpoint is not as it was written."""
 
-    Attributes:
-      status: Of the exit; EX_TEMPFAIL of sysexits.h, which says the same to a scheduler.
-    """
 
-    status = 75
+class RestartError(InputError):
+    """What ended the run lies outside of it; started again, it goes on from its checkpoint."""
+
+    status = RESTART
+
+
+class JoinError(RestartError):
+    """The processes of a run did not find each other."""

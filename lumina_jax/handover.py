@@ -10,9 +10,9 @@ Adam divides a moment by 1 - b^n, n being the updates that are in it, so n goes 
 The schedule of the learning rate counts for itself (optax.ScaleByScheduleState), and starts again.
 """
 
+import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,16 +20,13 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from lumina_jax import checkpoint
+from lumina_jax import checkpoint, optim
 from lumina_jax.errors import InputError
 from lumina_jax.models.next_dit import NextDiTConfig
 from lumina_jax.train_step import TrainState, init_state
-from lumina_jax.weights.next_dit import open_transformer
+from lumina_jax.weights.next_dit import Source, open_transformer
 
 OPTIMIZERS = ("fresh", "kept")
-
-# How the hand-over itself was asked for is no difference between two stages.
-_OWN = ("train.init_from", "train.init_weights", "train.init_optimizer")
 
 
 def take_over(
@@ -57,24 +54,27 @@ def take_over(
       init_weights: "ema" or "params", of a workdir.
       init_optimizer: One of OPTIMIZERS.
     """
+    directory, saved = check(
+        source,
+        abstract,
+        model=model,
+        config=config,
+        init_weights=init_weights,
+        init_optimizer=init_optimizer,
+    )
     kept = None
-    if checkpoint.is_run(source):
-        directory = checkpoint.find(source)
-        saved = checkpoint.load_meta(directory)
-        checkpoint.check_same("model", saved["model"], _plain(model), directory)
+    if saved is None:
+        init_weights = "published"
+        with _published(source, model) as found:
+            weights = found.load(abstract.params, shardings.params)
+    else:
         weights = checkpoint.load_params(
             directory, abstract.params, shardings.params, weights=init_weights
         )
         if init_optimizer == "kept":
-            _check_optimizer(directory, saved["config"], abstract.opt_state, config)
             kept = checkpoint.load_part(
                 directory, "opt_state", abstract.opt_state, shardings.opt_state
             )
-    else:
-        if init_optimizer == "kept":
-            raise _no_moments(source)
-        directory, saved, init_weights = source, None, "published"
-        weights = _published(source, abstract.params, shardings.params, model)
 
     def make(weights, kept):
         state = init_state(weights, optimizer)
@@ -86,12 +86,40 @@ def take_over(
     )
 
 
+def check(
+    source: epath.PathLike,
+    abstract: TrainState,
+    *,
+    model: NextDiTConfig,
+    config: dict,
+    init_weights: str,
+    init_optimizer: str,
+) -> tuple[epath.PathLike, dict | None]:
+    """Refuses what `take_over` cannot take over, by names and shapes; no array is read.
+
+    The arguments are those of `take_over`.
+
+    Returns:
+      Where it lies, and what it says of itself unless it was published.
+    """
+    if not checkpoint.is_run(source):
+        if init_optimizer == "kept":
+            raise _no_moments(source)
+        with _published(source, model) as found:
+            found.check()
+        return source, None
+    directory = checkpoint.find(source)
+    saved = checkpoint.load_meta(directory)
+    checkpoint.check_same("model", saved["model"], _plain(model), directory)
+    checkpoint.dtype_of(directory, init_weights)  # refuses a checkpoint without such weights
+    if init_optimizer == "kept":
+        _check_optimizer(directory, saved["config"], abstract.opt_state, config)
+    return directory, saved
+
+
 def resume(kept: Any, fresh: Any) -> Any:
     """The optimizer's state `kept`, but for the count of its schedule, which is that of `fresh`."""
-
-    def is_schedule(node):
-        return isinstance(node, optax.ScaleByScheduleState)
-
+    is_schedule = optim.is_schedule
     if not any(map(is_schedule, jax.tree.leaves(fresh, is_leaf=is_schedule))):
         raise ValueError(
             "No optax.ScaleByScheduleState: where does this optimizer count its steps?"
@@ -101,12 +129,14 @@ def resume(kept: Any, fresh: Any) -> Any:
     )
 
 
-def _published(source: epath.PathLike, abstract: Any, shardings: Any, model: NextDiTConfig) -> Any:
+@contextlib.contextmanager
+def _published(source: epath.PathLike, model: NextDiTConfig) -> Iterator[Source]:
+    """Published weights of these sizes, open."""
     # What a lone file does not tell is taken to be as here.
     known = {"patch_size": model.patch_size, "axes_dims": model.axes_dims}
     with open_transformer(source, **known) as found:
         checkpoint.check_same("model", _plain(found.cfg), _plain(model), epath.Path(source))
-        return found.load(abstract, shardings)
+        yield found
 
 
 def _plain(model: NextDiTConfig) -> dict:
@@ -125,7 +155,9 @@ def _check_optimizer(directory: epath.Path, saved: dict, abstract: Any, config: 
     ]
     if differing:
         shown = differing[:4] + [f"and {len(differing) - 4} more"] * (len(differing) > 4)
-        optim = [line for line in _differences(saved, config) if line.startswith("optim.")]
+        optim = [
+            line for line in checkpoint.differences(saved, config) if line.startswith("optim.")
+        ]
         raise InputError(
             f"config.train.init_optimizer=kept, but the moments in {directory} are of another kind "
             f"of optimizer: {'; '.join(shown)}. Settings that differ: "
@@ -162,7 +194,7 @@ def _report(
     title, optimizer = f"Hand-over from {directory}", "fresh: moments of zero"
     differing = ["published weights have none to compare with"]
     if saved:
-        differing = _differences(saved["config"], config) or ["the same"]
+        differing = checkpoint.differences(saved["config"], config) or ["the same"]
         if saved["data"] is None:
             title += ", weights alone"
         else:
@@ -188,29 +220,3 @@ def _describe(tree: Any) -> str:
     leaves, norm = jax.tree.leaves(tree), jax.jit(optax.tree.norm)(tree)
     size = sum(leaf.size for leaf in leaves)
     return f"{len(leaves)} arrays, {size:,} numbers, norm {float(norm):.6g}"
-
-
-def _differences(saved: dict, config: dict) -> list[str]:
-    """Settings that differ, one a line, of the sections that both have.
-
-    Converted weights know three sections only; a key that one side does not have is absent there.
-    """
-    both = saved.keys() & config.keys()
-    there, here = (
-        # As JSON returns it: a tuple is a list.
-        dict(_flat(json.loads(json.dumps({name: side[name] for name in both}))))
-        for side in (saved, config)
-    )
-    return [
-        f"{key}: {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
-        for key in sorted(there.keys() | here.keys())
-        if key not in _OWN and there.get(key) != here.get(key)
-    ]
-
-
-def _flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

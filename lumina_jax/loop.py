@@ -5,7 +5,6 @@ It asks of a trainer what `Trainer` names, so the model and its autoencoder shar
 
 import contextlib
 import dataclasses
-import math
 import signal
 import sys
 import time
@@ -14,17 +13,20 @@ from concurrent import futures
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from lumina_jax import executables, goodput, metrics
+from lumina_jax import checkpoint, distributed, executables, goodput, metrics
 from lumina_jax.checkpoint import Checkpointer
 from lumina_jax.data.loader import Loader
-from lumina_jax.errors import InputError
+from lumina_jax.errors import INTERRUPTED, RESTART, InputError, RestartError
+from lumina_jax.lease import Lease
 from lumina_jax.profiling import Profiler
 from lumina_jax.progress import progress_bar
 from lumina_jax.train_step import TrainState
+from lumina_jax.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Pause:
       name: Of the class of goodput.py that its time is of.
       every: So many steps; 0 is never.
       run: Called with the state, its step and where to write.
+      measures: Whether what it finds belongs to the checkpoint of the step, and so comes before it.
     """
 
     name: str
     every: int
     run: Callable[[TrainState, int, metrics.Writer], None]
+    measures: bool = False
 
     def due(self, step: int, num_steps: int) -> bool:
         return bool(self.every) and (step % self.every == 0 or step == num_steps)
@@ -52,7 +56,8 @@ class Trainer(Protocol):
     Attributes:
       config: With the section `train`, and `seed`.
       workdir: Where checkpoints, metrics and pictures go.
-      step: step(state, batch, key) -> (state, metrics); metrics hold `loss` and `grad_norm`.
+      step: step(state, batch, key) -> (state, metrics); metrics hold `loss`, `grad_norm`, whether
+        the step was `applied`, and of each picture whether its loss is `finite`.
       learning_rate: Of a step, for the log.
       meta: What a checkpoint says of the run.
       pauses: What is done between steps, in this order.
@@ -84,6 +89,34 @@ class Trainer(Protocol):
         """The parameters, as a table."""
 
 
+def number_faults(config: ConfigDict) -> list[str]:
+    """What in the sections `train` and `preview` would stop the loop, or a division, later."""
+    train = config.train
+    least = {
+        **dict.fromkeys(("num_steps", "batch_size", "log_every", "checkpoint_every"), 1),
+        **dict.fromkeys(("keep_checkpoints", "max_skipped_steps"), 1),
+        **dict.fromkeys(("keep_checkpoint_every", "hang_timeout"), 0),
+    }
+    faults = [
+        f"train.{name}={train[name]} must be at least {number}"
+        for name, number in least.items()
+        if train[name] < number
+    ]
+    if config.preview.every < 0:
+        faults.append(f"preview.every={config.preview.every} must not be negative; 0 is never")
+    if train.if_damaged not in checkpoint.IF_DAMAGED:
+        choices = ", ".join(checkpoint.IF_DAMAGED)
+        faults.append(f"train.if_damaged={train.if_damaged!r} is not one of {choices}")
+    if train.profile_steps and (
+        len(train.profile_steps) != 2 or not 0 < train.profile_steps[0] < train.profile_steps[1]
+    ):
+        faults.append(
+            f"train.profile_steps={train.profile_steps} must be (first, last + 1), counted from 1, "
+            f"or ()"
+        )
+    return faults
+
+
 def run(trainer: Trainer, *, began: float | None = None) -> TrainState:
     """Runs to the end, or to a signal; returns the last state, which is saved.
 
@@ -91,32 +124,73 @@ def run(trainer: Trainer, *, began: float | None = None) -> TrainState:
       trainer: What to run.
       began: When this start of the run began, in seconds since 1970; by default now.
     """
-    num_steps = trainer.config.train.num_steps
+    try:
+        return _run(trainer, began)
+    except OSError as error:  # what the run writes besides checkpoints
+        raise RestartError(
+            f"The storage failed: {error}. Mend it, or make room; the same command goes on from "
+            f"the newest checkpoint in {trainer.workdir}."
+        ) from error
+
+
+def _run(trainer: Trainer, began: float | None) -> TrainState:
+    train = trainer.config.train
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(trainer.workdir, train.hang_timeout))
+        lease = _take(trainer.workdir, stack)
         path = epath.Path(trainer.workdir) / goodput.FILE
         account = stack.enter_context(goodput.Account(path, began=began))
         # On whatever way out: a save that is under way must reach the disk.
         stack.callback(_close, trainer.checkpointer, account)
-        resumes = trainer.checkpointer.latest_step() is not None
-        with account.spending("restore" if resumes else "start"):
-            state, first = trainer.init_state()
-        if first >= num_steps:
-            logging.info("Nothing to do: %s has all %d steps.", trainer.workdir, num_steps)
+        state, first = _begin(trainer, account)
+        if first >= train.num_steps:
+            logging.info("Nothing to do: %s has all %d steps.", trainer.workdir, train.num_steps)
             return state
         if jax.process_index() == 0:
             logging.info("Model:\n%s", trainer.overview())
         writer = stack.enter_context(contextlib.closing(metrics.Writer(trainer.workdir)))
         batches = stack.enter_context(contextlib.closing(trainer.loader.iterate(first)))
-        report = stack.enter_context(contextlib.closing(Report(trainer, writer, account)))
+        report = stack.enter_context(
+            contextlib.closing(Report(trainer, writer, account, watchdog, lease))
+        )
         stack.enter_context(jax.set_mesh(trainer.mesh))
-        state, last = loop(trainer, state, first, batches, report)
+        state, last, signalled = loop(trainer, state, first, batches, report)
     if jax.process_index() == 0:
         logging.info("Where the time went: %s", account.table())
-    if last < num_steps:
+    if signalled:
         logging.info("Stopped at step %d, which is saved; the same command goes on there.", last)
-        sys.exit(130)
+        sys.exit(INTERRUPTED if signalled == signal.SIGINT else RESTART)
     logging.info("Done: %d steps; the model is in %s.", last, trainer.checkpointer.directory)
     return state
+
+
+def _take(workdir: str, stack: contextlib.ExitStack) -> Lease | None:
+    """The lease of the workdir, which process 0 holds; no process goes on without."""
+    lease = Lease(workdir) if jax.process_index() == 0 else None
+
+    def take():
+        stack.enter_context(lease)
+        return ()
+
+    distributed.told_by_first(take, 0)
+    return lease
+
+
+def _begin(trainer: Trainer, account: goodput.Account) -> tuple[TrainState, int]:
+    """The state to begin with, and the index of the first batch."""
+    checkpointer = trainer.checkpointer
+    if (step := checkpointer.latest_step()) is None:
+        with account.spending("start"):
+            return trainer.init_state()
+    logging.info("Going on from step %d in %s.", step, checkpointer.directory)
+    began = time.perf_counter()
+    with account.spending("restore"):
+        state, first = jax.block_until_ready(trainer.init_state())
+    if jax.process_index() == 0:
+        size = checkpointer.num_bytes()
+        seconds = time.perf_counter() - began
+        logging.info("Read step %d, %.4g GB, in %.3g s.", first, size / 1e9, seconds)
+    return state, first
 
 
 def _close(checkpointer: Checkpointer, account: goodput.Account) -> None:
@@ -126,13 +200,17 @@ def _close(checkpointer: Checkpointer, account: goodput.Account) -> None:
 
 def loop(
     trainer: Trainer, state: TrainState, first: int, batches: Iterator[dict], report: "Report"
-) -> tuple[TrainState, int]:
-    """Takes batches and steps; returns the last state and how many steps it has seen."""
+) -> tuple[TrainState, int, int | None]:
+    """Takes batches and steps; returns the last state, how many steps it has seen, and the signal.
+
+    The signal is None unless one stopped the run.
+    """
     config, checkpointer = trainer.config.train, trainer.checkpointer
     key = jax.random.key(trainer.config.seed)
+    save_is_due = False
 
     with (
-        Stopper() as stopper,
+        Stopper(checkpointer) as stopper,
         progress_bar("Training", config.num_steps, first, "steps") as advance,
     ):
         batch = trainer.encode(report.timed_next(batches), first)
@@ -146,21 +224,28 @@ def loop(
                 batch = trainer.encode(report.timed_next(batches), done)
             advance(done, report.text)
 
-            stop = stopper.requested or checkpointer.reached_preemption(done)
-            last = stop or done == config.num_steps
-            if last or done % config.checkpoint_every == 0:
+            signalled = stopper.signalled(done)
+            last = signalled is not None or done == config.num_steps
+            save_is_due |= last or done % config.checkpoint_every == 0
+            pauses = [p for p in trainer.pauses if p.due(done, config.num_steps)]
+            if signalled is not None:
+                pauses = []  # there may be little time left
+            if save_is_due or pauses:
                 report.catch_up()  # what is saved must be known to be sound
-                with report.saving():
-                    checkpointer.save(state, done, trainer.meta)
-            for pause in trainer.pauses:
-                if pause.due(done, config.num_steps):
-                    report.catch_up()
-                    with report.pausing(pause.name):
-                        pause.run(state, done, report.writer)
-            if stop:
+            for pause in pauses:
+                if pause.measures:
+                    report.pause(pause, state)
+            # A state that gives no finite loss must not take the place of one that did.
+            if save_is_due and (last or not report.num_skipped_in_a_row):
+                report.save(state)
+                save_is_due = False
+            for pause in pauses:
+                if not pause.measures:
+                    report.pause(pause, state)
+            if signalled is not None:
                 break
         report.finish()
-    return state, done
+    return state, done, signalled
 
 
 class Report:
@@ -170,16 +255,28 @@ class Report:
       meter: Gathers steps up to the next line.
       text: The newest loss and speed, for the progress bar.
       writer: Where lines go.
+      num_skipped_in_a_row: Steps up to the newest that were not applied.
     """
 
-    def __init__(self, trainer: Trainer, writer: metrics.Writer, account: goodput.Account):
+    def __init__(
+        self,
+        trainer: Trainer,
+        writer: metrics.Writer,
+        account: goodput.Account,
+        watchdog: Watchdog,
+        lease: Lease | None,
+    ):
         self.meter = metrics.Meter(
             batch_size=trainer.config.train.batch_size,
             peak=metrics.peak_flops(jax.local_devices()[0]) * jax.device_count(),
         )
         self.text = self._speed = ""
         self.writer = writer
+        self.num_skipped_in_a_row = 0
+        self._num_skipped = 0
+        self._ids: Sequence[str] = ()  # of the records in the batch that was taken last
         self._trainer, self._account = trainer, account
+        self._watchdog, self._lease = watchdog, lease
         self._profiler = Profiler(trainer.workdir, trainer.config.train.profile_steps)
         self._flops = 0.0  # of the batch that was taken last
         self._begun = 0  # the newest step
@@ -199,21 +296,25 @@ class Report:
         """What follows belongs to `step`."""
         self._account.begin_step(step)
         self._begun = step
+        if self._lease is not None:
+            self._lease.check()
         if self._profiler.is_due(step):
             self.catch_up()
-            with self.pausing("other"):
+            with self._pausing("other"):
                 self._profiler.switch(step)
 
     def timed_next(self, batches: Iterator[dict]) -> dict:
         began = time.perf_counter()
+        self._watchdog.advance(self._begun, "waiting for data")
         batch = next(batches)
+        self._watchdog.advance(self._begun, "training")
         ended = time.perf_counter()
         self.meter.add_input_wait(ended - began)
         if self._pending is not None and self._pending.finished.done():
             # The device has run dry meanwhile.
             idle = ended - max(began, self._pending.finished.result())
             self._account.move(max(idle, 0.0), "data")
-        self._flops = self._trainer.flops(batch)
+        self._flops, self._ids = self._trainer.flops(batch), [str(i) for i in batch["ids"]]
         return batch
 
     def add(self, step: int, step_metrics: dict) -> None:
@@ -221,35 +322,67 @@ class Report:
         finished = self._watcher.submit(_time_finished, step_metrics)
         interruptions = self._account.interruptions()
         self.catch_up()
-        self._pending = _Pending(step, step_metrics, self._flops, finished, interruptions)
+        self._pending = _Pending(
+            step, step_metrics, self._ids, self._flops, finished, interruptions
+        )
 
     def catch_up(self) -> None:
         """Reads the metrics that are still on the device, which waits for their step."""
         if self._pending is None:
             return
-        step, step_metrics, flops, finished, interruptions = self._pending
+        step, step_metrics, ids, flops, finished, interruptions = self._pending
         self._pending = None
-        loss, grad_norm = self.meter.add(step_metrics, flops)
+        step_metrics = jax.device_get(step_metrics)  # all transfers at once
+        is_finite = step_metrics.pop("finite")
+        self.meter.add(step_metrics, flops)
         if not self._started:
             logging.info("The first step is done. %s", executables.summary())
             self._started = True
         self._add_step_time(step, finished.result(), interruptions)
-        if self._saving_since and not self._trainer.checkpointer.is_writing():
-            self.meter.set("save_write_seconds", time.perf_counter() - self._saving_since)
-            self._saving_since = None
+        self._look_after_save()
         self._since_line = step
-        sound = math.isfinite(loss) and math.isfinite(grad_norm)
-        if not sound or step % self._trainer.config.train.log_every == 0:
+        if not step_metrics["applied"]:
+            self._skip(step, step_metrics, is_finite, ids)
+        else:
+            self.num_skipped_in_a_row = 0
+        if step % self._trainer.config.train.log_every == 0:
             self._write()
-        self.text = f"loss {loss:.4f}{self._speed}"
-        if not sound:
-            saved = self._trainer.checkpointer
-            raise InputError(
-                f"At step {step} the loss is {loss} and the gradient's norm {grad_norm}. The "
-                f"newest checkpoint is of step {saved.latest_step()}, in {saved.directory}. Lower "
-                f"config.optim.learning_rate or config.optim.grad_clip, or use "
-                f"config.model.dtype=float32, and run again."
-            )
+        self.text = f"loss {step_metrics['loss']:.4f}{self._speed}"
+
+    def _skip(
+        self, step: int, step_metrics: dict, is_finite: np.ndarray, ids: Sequence[str]
+    ) -> None:
+        """Counts a step that was not applied; raises after too many of them in a row."""
+        self._num_skipped += 1
+        self.num_skipped_in_a_row += 1
+        config, saved = self._trainer.config.train, self._trainer.checkpointer
+        numbers = f"loss {step_metrics['loss']}, gradient's norm {step_metrics['grad_norm']}"
+        # Of the global batch these rows are this process's.
+        first = jax.process_index() * len(ids)
+        records = [i for i, ok in zip(ids, is_finite[first:], strict=False) if not ok]
+        which = f" Of these records: {', '.join(records[:8])}." if records else ""
+        logging.warning("Step %d is not applied: %s.%s", step, numbers, which)
+        if self.num_skipped_in_a_row < config.max_skipped_steps:
+            return
+        self._write()
+        raise InputError(
+            f"{self.num_skipped_in_a_row} steps up to step {step} were not applied, one after "
+            f"another (config.train.max_skipped_steps): {numbers}.{which} The newest checkpoint is "
+            f"of step {saved.latest_step()}, in {saved.directory}. Lower "
+            f"config.optim.learning_rate or config.optim.grad_clip, or use "
+            f"config.model.dtype=float32, and run again."
+        )
+
+    def _look_after_save(self) -> None:
+        """Says how long a save took to reach the disk, once it has; raises if it could not."""
+        saved = self._trainer.checkpointer
+        if self._saving_since is None or saved.is_writing():
+            return
+        saved.wait()
+        self.meter.set("save_write_seconds", time.perf_counter() - self._saving_since)
+        self._saving_since = None
+        if jax.process_index() == 0:
+            self.meter.set("checkpoint_bytes", saved.num_bytes())
 
     def _add_step_time(self, step: int, finished: float, interruptions: float) -> None:
         """From one step's end to the next one's, where nothing else came between."""
@@ -257,20 +390,34 @@ class Report:
         if before[1] == interruptions and before[0]:
             self.meter.add_step_time(step, finished - before[0])
 
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
+    def save(self, state: TrainState) -> None:
+        """Begins to save the state as of the step that was begun last."""
+        trainer, step = self._trainer, self._begun
+        loss = self.writer.newest(checkpoint.BEST_BY, step)
         began = time.perf_counter()
-        with self._account.spending("save"):
-            yield
+        with self._spending("save"):
+            trainer.checkpointer.save(state, step, trainer.meta, validation_loss=loss)
         self.meter.set("save_seconds", time.perf_counter() - began)
         self._saving_since = began
 
+    def pause(self, pause: Pause, state: TrainState) -> None:
+        """Lets a trainer do something that is not training, with the newest state."""
+        with self._pausing(pause.name):
+            pause.run(state, self._begun, self.writer)
+
     @contextlib.contextmanager
-    def pausing(self, name: str) -> Iterator[None]:
+    def _pausing(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
-        with self._account.spending(name):
+        with self._spending(name):
             yield
         self.meter.exclude(time.perf_counter() - began)
+
+    @contextlib.contextmanager
+    def _spending(self, name: str) -> Iterator[None]:
+        self._watchdog.advance(self._begun, name)
+        with self._account.spending(name):
+            yield
+        self._watchdog.advance(self._begun, "training")
 
     def finish(self) -> None:
         """Writes what the last full line left over."""
@@ -282,6 +429,7 @@ class Report:
         trainer, step = self._trainer, self._since_line
         scalars = self.meter.flush()
         scalars["learning_rate"] = float(trainer.learning_rate(step - 1))
+        scalars["skipped_steps"] = self._num_skipped
         scalars |= trainer.counts() | metrics.memory() | self._account.scalars()
         self.writer.scalars(step, scalars)
         self._account.write(step)
@@ -296,6 +444,7 @@ class _Pending(NamedTuple):
 
     step: int
     metrics: dict
+    ids: Sequence[str]  # of this process's records
     flops: float
     finished: futures.Future  # time.perf_counter() when the device is done with it
     interruptions: float  # seconds, before it was begun
@@ -309,13 +458,20 @@ def _time_finished(step_metrics: dict) -> float:
 class Stopper:
     """Turns the first interrupt or termination into a request; the second one is obeyed at once.
 
-    With several processes a signal to one must stop them all at the same step, which Orbax agrees
-    on (`reached_preemption`); here only the lone process listens.
+    With several processes a termination of one must stop all of them at the same step, which JAX's
+    preemption service agrees on; here only the lone process listens.
     """
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, checkpointer: Checkpointer):
+        self._checkpointer = checkpointer
+        self._number: int | None = None
         self._old = {}
+
+    def signalled(self, step: int) -> int | None:
+        """The signal that asked for an end at this step; the same on every process."""
+        if self._number is None and self._checkpointer.reached_preemption(step):
+            return signal.SIGTERM
+        return self._number
 
     def __enter__(self):
         if jax.process_count() == 1:
@@ -325,7 +481,7 @@ class Stopper:
 
     def _request(self, number, frame):
         del frame
-        self.requested = True
+        self._number = number
         self.__exit__()
         logging.info("Signal %d: saving after this step. Again, and nothing is saved.", number)
 

@@ -92,6 +92,7 @@ class Meter:
 
     def _start(self):
         self._steps: list[dict[str, np.ndarray]] = []
+        self._num_steps = 0
         self._flops = 0.0
         self._input_wait = 0.0
         self._step_seconds: list[float] = []
@@ -123,28 +124,28 @@ class Meter:
         """Leaves out time that was not training, such as drawing sample pictures."""
         self._since += seconds
 
-    def add(self, step_metrics: dict[str, Any], flops: float) -> tuple[float, float]:
-        """Takes the metrics of one step off the device; returns its loss and gradient norm.
+    def add(self, step_metrics: dict[str, Any], flops: float) -> None:
+        """Takes the metrics of one step, off the device; those of a skipped one are in no mean.
 
         `flops` are those of the model in this step, see `next_dit.forward_flops`.
         """
         self._flops += flops
-        step_metrics = jax.device_get(step_metrics)  # all transfers at once
-        self._steps.append(step_metrics)
-        return float(step_metrics["loss"]), float(step_metrics["grad_norm"])
+        self._num_steps += 1
+        if step_metrics["applied"]:
+            self._steps.append({k: v for k, v in step_metrics.items() if k != "applied"})
 
     def flush(self) -> dict[str, float]:
         """The scalars of the steps since the last call."""
         seconds, steps = time.perf_counter() - self._since, self._steps
         scalars: dict[str, float] = {}
-        for name in steps[0]:
+        for name in steps[0] if steps else ():
             values = np.stack([step[name] for step in steps])
             if name.endswith("_bins_sum"):
                 scalars |= _bin_means(name.removesuffix("_sum"), values, steps)
             elif not name.endswith("_bins_count"):
                 scalars[name] = float(values.mean())
-        scalars["steps_per_second"] = len(steps) / seconds
-        scalars["images_per_second"] = len(steps) * self._batch_size / seconds
+        scalars["steps_per_second"] = self._num_steps / seconds
+        scalars["images_per_second"] = self._num_steps * self._batch_size / seconds
         scalars["mfu"] = self._flops / seconds / self._peak
         scalars["input_wait"] = self._input_wait / seconds
         if self._step_seconds:
@@ -166,6 +167,7 @@ class Writer:
     """Writes scalars as JSON lines and for TensorBoard; only on the first process."""
 
     def __init__(self, workdir: str):
+        self._newest: dict[str, tuple[int, float]] = {}
         self._active = jax.process_index() == 0
         if self._active:
             path = epath.Path(workdir)
@@ -174,7 +176,13 @@ class Writer:
             self._lines = self._path.read_text() if self._path.exists() else ""
             self._board = tensorboardX.SummaryWriter(str(path / "tensorboard"))
 
+    def newest(self, name: str, step: int) -> float | None:
+        """What was written of `step` under this name, on any process; None if nothing was."""
+        written_at, value = self._newest.get(name, (-1, 0.0))
+        return value if written_at == step else None
+
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
+        self._newest |= {name: (step, value) for name, value in scalars.items()}
         if self._active:
             line = {"step": step} | {k: float(f"{v:.6g}") for k, v in scalars.items()}
             self._lines += json.dumps(line) + "\n"

@@ -5,11 +5,16 @@ python -m lumina_jax.train --config=configs/tiny.py --workdir=runs/other \
     --config.optim.learning_rate=1e-3
 
 Run again with the same --workdir, it goes on from the newest checkpoint.
+
+python -m lumina_jax.train --config=configs/stage1.py --workdir=gs://bucket/stage1 --dry_run
+
+Checks devices, paths, data, weights, disk and memory, and lists every fault; status 2 if the run
+would not start or not end.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +59,7 @@ from lumina_jax.validation import Validator
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+    flags.DEFINE_bool("dry_run", False, "Check all that the run needs, and train nothing.")
     distributed.define_flags()
 
 
@@ -66,7 +72,7 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, workdir: str):
         self.config, self.workdir = config, workdir
-        _check_numbers(config)
+        check_numbers(config)
         self.text_encoder = make_text_encoder(**config.text_encoder)
         self.autoencoder = make_autoencoder(**config.autoencoder)
         self.model = model_config(config, self.text_encoder, self.autoencoder)
@@ -81,7 +87,7 @@ class Trainer:
             config, self.model, self.mesh, self.num_slots, settings=lambda: self.meta
         )
         self.step, self.learning_rate = self.program.step, self.program.learning_rate
-        self.pipeline = self._make_pipeline()
+        self.pipeline = make_pipeline(config, self.model, self.mesh)
         self.encode = self._make_encoder(self.autoencoder, config.train.batch_size)
         self.validator = Validator(
             next_dit.make_forward(self.model),
@@ -96,20 +102,17 @@ class Trainer:
             num_times=config.validation.num_times,
         )
         self.pauses = (
-            loop.Pause("validation", config.validation.every, self.validate),
+            loop.Pause("validation", config.validation.every, self.validate, measures=True),
             loop.Pause("preview", config.preview.every, self.preview),
         )
         self.checkpointer = checkpoint.Checkpointer(
             workdir,
             keep_latest=config.train.keep_checkpoints,
             keep_every=config.train.keep_checkpoint_every,
+            keep_best=config.train.keep_best_checkpoints,
+            if_damaged=config.train.if_damaged,
         )
-        self.meta = {
-            "config": config.to_dict(),
-            "model": checkpoint.plain(dataclasses.asdict(self.model)),
-            "data": self._data_meta(),
-            "optimizer": {"name": config.optim.name},
-        }
+        self.meta = run_meta(config, self.model, self.loader, self.text_encoder, self.autoencoder)
 
     def _make_encoder(self, autoencoder: Autoencoder, batch_size: int) -> Encoder:
         return Encoder(
@@ -126,51 +129,12 @@ class Trainer:
             settings=lambda: {**self.meta, "autoencoder": autoencoder.fingerprint()},
         )
 
-    def _data_meta(self) -> dict:
-        """All that decides what batch k is, and what the model is told of it."""
-        data = self.config.data.to_dict()
-        if self.loader.num_held_out:
-            data["held_out"] = self.loader.num_held_out
-        for key in ("directory", "num_threads", "prefetch"):
-            del data[key]
-        for dataset in data["datasets"].values():
-            del dataset["directory"]
-        return {
-            **checkpoint.plain(data),
-            "fingerprint": self.loader.fingerprint,
-            "seed": self.config.seed,
-            "batch_size": self.config.train.batch_size,
-            # Not their paths: the same files may lie elsewhere when the run goes on.
-            "text_encoder": self.text_encoder.fingerprint(),
-            "autoencoder": self.autoencoder.fingerprint(),
-        }
-
     def _check_shapes(self) -> int:
         """The image slots of a sequence; refuses batches and buckets that do not fit."""
-        config = self.config
-        check_batch_size(config, self.mesh)
-        shards = sharding.batch_shards(self.mesh)
-        if config.validation.every and config.validation.batch_size % shards:
-            low = max(config.validation.batch_size // shards, 1) * shards
-            raise InputError(
-                f"validation.batch_size={config.validation.batch_size} does not split over "
-                f"{shards} part(s) of the mesh; nearest: {low} and {low + shards}."
-            )
-        downscale, patch_size = self.autoencoder.downscale, self.model.patch_size
-        slots = num_tokens(config.data.resolution, downscale * patch_size)
-        pooled = bool(config.flow.auxiliary_weight)
-        for bucket in sorted({*self.loader.buckets, *self.validation_loader.buckets}):
-            if fault := bucket_fault(bucket, downscale, patch_size, slots, pooled=pooled):
-                raise InputError(
-                    f"Bucket {bucket} of the data {fault}, or name other buckets in "
-                    f"config.data.buckets."
-                )
-        return slots
-
-    def _make_pipeline(self):
-        # Encoders of its own: the loader's threads count what they cut in the other.
-        parts = from_sections(self.config.to_dict())
-        return Pipeline(self.model, None, **parts, mesh=self.mesh)
+        check_batch_size(self.config, self.mesh)
+        check_validation_batch(self.config, self.mesh)
+        buckets = {*self.loader.buckets, *self.validation_loader.buckets}
+        return check_buckets(self.config, buckets, self.model, self.autoencoder)
 
     def init_state(self) -> tuple[TrainState, int]:
         """The state to begin with, and the index of the first batch.
@@ -178,8 +142,7 @@ class Trainer:
         This run's newest checkpoint, else what `train.init_from` hands over, else a fresh model.
         """
         abstract, shardings = self.program.abstract_state, self.program.shardings
-        if (step := self.checkpointer.latest_step()) is not None:
-            logging.info("Going on from step %d in %s.", step, self.checkpointer.directory)
+        if self.checkpointer.latest_step() is not None:
             return self.checkpointer.restore(abstract, shardings, self.meta)
         train = self.config.train
         if train.init_from:
@@ -283,25 +246,16 @@ def step_program(
     """
     optim_config = optim.OptimConfig(**config.optim)
     optimizer = optim.make_optimizer(optim_config, config.train.num_steps)
-    params = next_dit.abstract_params(model)
-    abstract_state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
-    shardings = sharding.tree_shardings(abstract_state, mesh)
-    main_shift = config.flow.time_shift
-    if main_shift is None:
-        main_shift = flow.resolution_shift(num_slots)
-    shifts = {"main": main_shift, "own": flow.resolution_shift(num_slots // 16)}
-    if config.flow.auxiliary_shift not in shifts:
-        raise InputError(
-            f"flow.auxiliary_shift={config.flow.auxiliary_shift!r} is not main or own."
-        )
-    flow.check_distribution(config.flow.time_distribution)
+    state = abstract_state(model, optimizer)
+    shardings = sharding.tree_shardings(state, mesh)
+    main_shift, auxiliary_shift = time_shifts(config.flow, num_slots)
     step = make_train_step(
         next_dit.make_forward_many(model),
         optimizer,
         time_distribution=config.flow.time_distribution,
         time_shift=main_shift,
         auxiliary_weight=config.flow.auxiliary_weight,
-        auxiliary_shift=shifts[config.flow.auxiliary_shift],
+        auxiliary_shift=auxiliary_shift,
         num_microbatches=config.train.num_microbatches,
         ema_decay=optim_config.ema_decay,
     )
@@ -316,7 +270,29 @@ def step_program(
         ),
     )
     learning_rate = optim.learning_rate(optim_config, config.train.num_steps)
-    return StepProgram(program, optimizer, learning_rate, abstract_state, shardings)
+    return StepProgram(program, optimizer, learning_rate, state, shardings)
+
+
+def time_shifts(config: ConfigDict, num_slots: int) -> tuple[float, float]:
+    """Shifts of the times of both losses, from the section `flow`; refuses names it does not know.
+
+    Args:
+      config: The section.
+      num_slots: Image slots of a sequence.
+    """
+    flow.check_distribution(config.time_distribution)
+    main = flow.resolution_shift(num_slots) if config.time_shift is None else config.time_shift
+    shifts = {"main": main, "own": flow.resolution_shift(num_slots // 16)}
+    if config.auxiliary_shift not in shifts:
+        raise InputError(f"flow.auxiliary_shift={config.auxiliary_shift!r} is not main or own.")
+    return main, shifts[config.auxiliary_shift]
+
+
+def abstract_state(
+    model: next_dit.NextDiTConfig, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Shapes and types of what a run changes, and of what a checkpoint of it holds."""
+    return jax.eval_shape(lambda p: init_state(p, optimizer), next_dit.abstract_params(model))
 
 
 def step_flops(
@@ -340,6 +316,37 @@ def check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             f"{shards} part(s) of the mesh and num_microbatches={micro}; it must be a multiple "
             f"of {unit}; nearest: {low} and {low + unit}."
         )
+
+
+def check_validation_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a batch of held-out records that does not split over the mesh."""
+    shards, batch_size = sharding.batch_shards(mesh), config.validation.batch_size
+    if config.validation.every and batch_size % shards:
+        low = max(batch_size // shards, 1) * shards
+        raise InputError(
+            f"validation.batch_size={batch_size} does not split over {shards} part(s) of the "
+            f"mesh; nearest: {low} and {low + shards}."
+        )
+
+
+def check_buckets(
+    config: ConfigDict,
+    buckets: Iterable[Bucket],
+    model: next_dit.NextDiTConfig,
+    autoencoder: Autoencoder,
+) -> int:
+    """The image slots of a sequence; refuses buckets that cannot be trained on, all of them."""
+    downscale, patch_size = autoencoder.downscale, model.patch_size
+    slots = num_tokens(config.data.resolution, downscale * patch_size)
+    pooled = bool(config.flow.auxiliary_weight)
+    faults = [
+        f"Bucket {bucket} of the data {fault}"
+        for bucket in sorted(buckets)
+        if (fault := bucket_fault(bucket, downscale, patch_size, slots, pooled=pooled))
+    ]
+    if faults:
+        raise InputError(f"{'. '.join(faults)}, or name other buckets in config.data.buckets.")
+    return slots
 
 
 def bucket_fault(
@@ -377,6 +384,48 @@ def model_config(
     )
 
 
+def make_pipeline(
+    config: ConfigDict, model: next_dit.NextDiTConfig, mesh: jax.sharding.Mesh
+) -> Pipeline:
+    """What draws previews; it has no weights of the model yet."""
+    # Encoders of its own: the loader's threads count what they cut in the other.
+    return Pipeline(model, None, **from_sections(config.to_dict()), mesh=mesh)
+
+
+def run_meta(
+    config: ConfigDict,
+    model: next_dit.NextDiTConfig,
+    loader: Loader,
+    text_encoder: TextEncoder,
+    autoencoder: Autoencoder,
+) -> dict:
+    """What a checkpoint says of its run.
+
+    `data` is all that decides what batch k is, and what the model is told of it.
+    """
+    data = config.data.to_dict()
+    if loader.num_held_out:
+        data["held_out"] = loader.num_held_out
+    for key in ("directory", "num_threads", "prefetch"):
+        del data[key]
+    for dataset in data["datasets"].values():
+        del dataset["directory"]
+    return {
+        "config": config.to_dict(),
+        "model": checkpoint.plain(dataclasses.asdict(model)),
+        "data": {
+            **checkpoint.plain(data),
+            "fingerprint": loader.fingerprint,
+            "seed": config.seed,
+            "batch_size": config.train.batch_size,
+            # Not their paths: the same files may lie elsewhere when the run goes on.
+            "text_encoder": text_encoder.fingerprint(),
+            "autoencoder": autoencoder.fingerprint(),
+        },
+        "optimizer": {"name": config.optim.name},
+    }
+
+
 def make_loader(config: ConfigDict, text_encoder: TextEncoder, autoencoder: Autoencoder) -> Loader:
     """The batches of this process."""
     datasets, validation = make_datasets(config.data), config.validation
@@ -399,7 +448,10 @@ def make_loader(config: ConfigDict, text_encoder: TextEncoder, autoencoder: Auto
 
 
 def make_validation_loader(
-    config: ConfigDict, training: Loader, text_encoder: TextEncoder, autoencoder: Autoencoder
+    config: ConfigDict,
+    training: Loader | None,
+    text_encoder: TextEncoder,
+    autoencoder: Autoencoder,
 ) -> Loader:
     """What reads the held-out records: the one that trains on the others, or one of its own."""
     validation = config.validation
@@ -487,26 +539,16 @@ def train(config: ConfigDict, workdir: str, *, began: float | None = None) -> Tr
     return loop.run(Trainer(config, workdir), began=began)
 
 
-def _check_numbers(config: ConfigDict) -> None:
+def check_numbers(config: ConfigDict) -> None:
     """Refuses what would stop the run, or a division, later."""
+    if faults := number_faults(config):
+        raise InputError("config: " + "; ".join(faults) + ".")
+
+
+def number_faults(config: ConfigDict) -> list[str]:
+    """Every number that would stop the run, or a division, later."""
     train, preview, validation = config.train, config.preview, config.validation
-    faults = [
-        f"train.{name}={train[name]} must be at least 1"
-        for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
-        if train[name] < 1
-    ]
-    if train.profile_steps and (
-        len(train.profile_steps) != 2 or not 0 < train.profile_steps[0] < train.profile_steps[1]
-    ):
-        faults.append(
-            f"train.profile_steps={train.profile_steps} must be (first, last + 1), counted from 1, "
-            f"or ()"
-        )
-    if train.keep_checkpoint_every < 0 or preview.every < 0:
-        faults.append(
-            f"train.keep_checkpoint_every={train.keep_checkpoint_every} and preview.every="
-            f"{preview.every} must not be negative; 0 is never"
-        )
+    faults = loop.number_faults(config)
     if preview.every and not preview.prompts:
         faults.append("preview.prompts is empty; name one, or set preview.every=0")
     for key, choices in (
@@ -522,6 +564,15 @@ def _check_numbers(config: ConfigDict) -> None:
         for name, least in (("every", 0), ("num_records", 0), ("batch_size", 1), ("num_times", 1))
         if validation[name] < least
     ]
+    if train.keep_best_checkpoints < 0 or (
+        train.keep_best_checkpoints
+        and (not validation.every or train.checkpoint_every % validation.every)
+    ):
+        faults.append(
+            f"train.keep_best_checkpoints={train.keep_best_checkpoints} must not be negative, and "
+            f"needs a validation loss of each checkpoint: validation.every={validation.every} must "
+            f"divide train.checkpoint_every={train.checkpoint_every}"
+        )
     if validation.every and validation.num_records < validation.num_times:
         faults.append(
             f"validation.num_records={validation.num_records} must be at least validation."
@@ -531,17 +582,20 @@ def _check_numbers(config: ConfigDict) -> None:
         faults.append(
             f"flow.time_shift={config.flow.time_shift} must be positive; 1 shifts nothing"
         )
-    if faults:
-        raise InputError("config: " + "; ".join(faults) + ".")
+    return faults
 
 
-def main() -> None:
+def main() -> int:
     began = goodput.process_start()
     distributed.from_flags()
-    executables.use_cache(
-        flags.FLAGS.config.compile.cache_directory, default=f"{flags.FLAGS.workdir}/compiled"
-    )
-    train(flags.FLAGS.config, flags.FLAGS.workdir, began=began)
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    executables.use_cache(config.compile.cache_directory, default=f"{workdir}/compiled")
+    if flags.FLAGS.dry_run:
+        from lumina_jax import doctor  # here, because it examines what this module builds
+
+        return doctor.dry_run(config, workdir)
+    train(config, workdir, began=began)
+    return 0
 
 
 if __name__ == "__main__":

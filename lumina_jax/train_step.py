@@ -1,15 +1,15 @@
 """One step of training: a pure function from a train state and a batch to the next state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from lumina_jax import flow, sharding
-from lumina_jax.optim import update_ema
+from lumina_jax import flow, optim, sharding
 from lumina_jax.types import Batch, ImageTokens
 
 NUM_TIME_BINS = 20
@@ -57,6 +57,10 @@ def make_train_step(
 
     The draws of a step depend on `key` and the step's number alone, and the gradient is the mean
     over the whole batch, so neither the mesh nor `num_microbatches` changes what is learned.
+
+    A step whose loss or gradient is not finite is not applied: parameters, average and moments stay
+    as they were, while the step's number and the schedule of the learning rate go on, and with them
+    the data and the draws. `metrics["applied"]` is then 0.
     """
 
     def loss_fn(params, microbatch):
@@ -98,16 +102,40 @@ def make_train_step(
 
         conditions = (batch.cap_feats, batch.cap_mask)
         grads, losses = gradient(state.params, (conditions, noised, times))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = update_ema(state.ema, params, state.step, ema_decay)
+        grad_norm = optax.tree.norm(grads)
+        # Of each picture: which of them it was can be said only here.
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, losses))
+        applied = jnp.isfinite(grad_norm) & jnp.all(finite)
+        state = update(state, grads, applied, optimizer, ema_decay=ema_decay)
 
-        metrics = {"grad_norm": optax.tree.norm(grads)}
+        metrics = {"grad_norm": grad_norm, "applied": applied, "finite": finite}
         for name, each, t in zip(("loss", "auxiliary_loss"), losses, times, strict=False):
             metrics |= {name: jnp.mean(each)} | time_bins(name, each, t)
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        return state, metrics
 
     return step
+
+
+def update(
+    state: TrainState,
+    grads: Any,
+    applied: Bool[Array, ""],
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+) -> TrainState:
+    """The next state; where not `applied`, only the step and the schedule have gone on."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = optim.update_ema(state.ema, params, state.step, ema_decay)
+
+    def choose(new, old):
+        # A schedule counts steps, as the data do, and not updates.
+        return new if optim.is_schedule(new) else jnp.where(applied, new, old)
+
+    new = (params, ema, opt_state)
+    chosen = jax.tree.map(choose, new, state[1:], is_leaf=optim.is_schedule)
+    return TrainState(state.step + 1, *chosen)
 
 
 def corrupt(

@@ -46,7 +46,7 @@ from lumina_jax.frozen.autoencoder import signed
 from lumina_jax.models import vae
 from lumina_jax.models.vae import VAEConfig
 from lumina_jax.sampling.contact_sheet import contact_sheet
-from lumina_jax.train_step import TrainState, init_state
+from lumina_jax.train_step import TrainState, init_state, update
 from lumina_jax.weights import vae as names
 
 _COLUMNS = 8  # of a preview
@@ -113,6 +113,7 @@ class Trainer:
             workdir,
             keep_latest=config.train.keep_checkpoints,
             keep_every=config.train.keep_checkpoint_every,
+            if_damaged=config.train.if_damaged,
         )
         self.meta = {
             "config": config.to_dict(),
@@ -146,8 +147,7 @@ class Trainer:
 
     def init_state(self) -> tuple[TrainState, int]:
         """This run's newest checkpoint, else a fresh autoencoder; the index of the first batch."""
-        if (step := self.checkpointer.latest_step()) is not None:
-            logging.info("Going on from step %d in %s.", step, self.checkpointer.directory)
+        if self.checkpointer.latest_step() is not None:
             return self.checkpointer.restore(self.abstract_state, self.shardings, self.meta)
 
         def make(key):
@@ -262,21 +262,25 @@ def make_train_step(
     def loss_fn(params, images, key):
         mean, logvar = vae.encode_moments(cfg, params, images)
         made = vae.decode(cfg, params, vae.draw(mean, logvar, key))
-        reconstruction = jnp.mean(jnp.square(made - images))
-        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
-        return reconstruction + kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
+        errors = jnp.mean(jnp.square(made - images), axis=(1, 2, 3))
+        divergences = 0.5 * jnp.mean(
+            jnp.square(mean) + jnp.exp(logvar) - 1 - logvar, axis=(1, 2, 3)
+        )
+        finite = jnp.isfinite(errors + divergences)
+        reconstruction, kl = jnp.mean(errors), jnp.mean(divergences)
+        parts = {"reconstruction": reconstruction, "kl": kl, "finite": finite}
+        return reconstruction + kl_weight * kl, parts
 
     def step(state, images, key):
         key = jax.random.fold_in(key, state.step)
         (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, signed(images), key
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optim.update_ema(state.ema, params, state.step, ema_decay)
-        numbers = {"loss": loss, "grad_norm": optax.tree.norm(grads), **parts}
+        grad_norm = optax.tree.norm(grads)
+        applied = jnp.isfinite(grad_norm) & jnp.all(parts["finite"])
+        numbers = {"loss": loss, "grad_norm": grad_norm, "applied": applied, **parts}
         numbers["psnr"] = psnr(parts["reconstruction"])
-        return TrainState(state.step + 1, params, ema, opt_state), numbers
+        return update(state, grads, applied, optimizer, ema_decay=ema_decay), numbers
 
     return step
 
@@ -314,24 +318,8 @@ def _size(bucket: Bucket) -> tuple[int, int]:
 
 def _check_numbers(config: ConfigDict) -> None:
     """Refuses what would stop the run, or a division, later."""
-    train, preview = config.train, config.preview
-    faults = [
-        f"train.{name}={train[name]} must be at least 1"
-        for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
-        if train[name] < 1
-    ]
-    if train.profile_steps and (
-        len(train.profile_steps) != 2 or not 0 < train.profile_steps[0] < train.profile_steps[1]
-    ):
-        faults.append(
-            f"train.profile_steps={train.profile_steps} must be (first, last + 1), counted from 1, "
-            f"or ()"
-        )
-    if train.keep_checkpoint_every < 0 or preview.every < 0:
-        faults.append(
-            f"train.keep_checkpoint_every={train.keep_checkpoint_every} and preview.every="
-            f"{preview.every} must not be negative; 0 is never"
-        )
+    preview = config.preview
+    faults = loop.number_faults(config)
     if preview.num_rows < 1:
         faults.append(f"preview.num_rows={preview.num_rows} must be at least 1")
     if config.loss.kl_weight < 0:

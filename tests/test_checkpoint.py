@@ -1,6 +1,8 @@
 """What is saved comes back, on any mesh; what is not ours is refused by name."""
 
 import dataclasses
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import optax
 import pytest
 
 from lumina_jax import checkpoint, optim, sharding
-from lumina_jax.errors import InputError
+from lumina_jax.errors import DamagedError, InputError
 from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, init_params
 from lumina_jax.train_step import init_state
 
@@ -40,8 +42,10 @@ def make_state(mesh, optimizer=OPTIMIZER):
     return jax.jit(make, out_shardings=shardings)(jax.random.key(0)), shardings
 
 
-def make_checkpointer(path, keep_latest=2, keep_every=0):
-    return checkpoint.Checkpointer(str(path), keep_latest=keep_latest, keep_every=keep_every)
+def make_checkpointer(path, keep_latest=2, keep_every=0, **settings):
+    return checkpoint.Checkpointer(
+        str(path), keep_latest=keep_latest, keep_every=keep_every, **settings
+    )
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +189,166 @@ def test_a_missing_step_is_refused_with_those_there_are(saved):
 def test_unknown_weights_are_refused(saved):
     with pytest.raises(InputError, match="weights='raw' is not one of ema, params"):
         checkpoint.load_params(checkpoint.find(saved), {}, {}, weights="raw")
+
+
+def files_of(checkpoint_directory):
+    paths = [p for p in checkpoint_directory.rglob("*") if p.is_file()]
+    return sorted(p.relative_to(checkpoint_directory) for p in paths)
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
+def damage(path, how, rng):
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        flip(path, int(rng.integers(path.stat().st_size)))
+
+
+def restore(checkpointer, state):
+    shardings = sharding.tree_shardings(state, sharding.make_mesh(replica=1, data=8, model=1))
+    return checkpointer.restore(jax.eval_shape(lambda: state), shardings, META)
+
+
+def fault_of(workdir, state):
+    """What is said of a checkpoint that is not taken; None if it comes back to the last bit."""
+    checkpointer = make_checkpointer(workdir)
+    try:
+        if checkpointer.latest_step() is None:
+            return "not listed"
+        restored, next_batch = restore(checkpointer, state)
+    except DamagedError as error:
+        return str(error)
+    finally:
+        checkpointer.close()
+    assert next_batch == 7
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    return None
+
+
+# Orbax leaves coroutines behind when it cannot read a file.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", ["missing", "truncated", "empty", "flipped"])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 8])
+def test_any_damage_to_any_file_is_found_or_does_no_harm(saved, state, tmp_path, how, every):
+    """Each file of a checkpoint in turn: the state comes back to the last bit, or not at all."""
+    rng, found = np.random.default_rng(0), []
+    # All that is said of the arrays, and some or all of them.
+    names = files_of(saved / "checkpoints" / "7")
+    arrays = [name for name in names if "ocdbt.process_0" in name.parts]
+    arrays.sort(key=lambda name: -(saved / "checkpoints" / "7" / name).stat().st_size)
+    names = [name for name in names if name not in arrays] + arrays[::every]
+    for number, name in enumerate(names):
+        copy = tmp_path / str(number)
+        shutil.copytree(saved, copy)
+        damage(copy / "checkpoints" / "7" / name, how, rng)
+        if fault := fault_of(copy, state):
+            whole = f"The checkpoint {copy / 'checkpoints' / '7'} is damaged: "
+            assert fault == "not listed" or fault.startswith(whole), name
+            found.append(name)
+        shutil.rmtree(copy)
+    print(f"{how}: {len(found)} of {len(names)} found, the rest restored to the last bit")
+    if how != "flipped":  # a flipped bit may be of a name that nobody asks for
+        said = [pathlib.Path(item, "metadata") for item in ("data", "meta", "digest")]
+        assert {*said, arrays[0]} <= set(found)
+
+
+@pytest.fixture
+def damaged(saved, state, tmp_path):
+    """A run with a sound checkpoint of step 7 and one of step 9 that is not."""
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    checkpointer = make_checkpointer(workdir)
+    checkpointer.save(state._replace(step=jnp.int32(9)), 9, META)
+    checkpointer.close()
+    arrays = (workdir / "checkpoints" / "9" / "state").glob("ocdbt.process_0/d/*")
+    largest = max(arrays, key=lambda path: path.stat().st_size)
+    flip(largest, largest.stat().st_size // 2)
+    return workdir
+
+
+def test_the_checkpoint_before_a_damaged_one_is_taken_only_when_asked_for(damaged, state):
+    checkpointer = make_checkpointer(damaged)
+    with pytest.raises(DamagedError, match=r"9 is damaged: .* Others: 7\. .*--step=9"):
+        restore(checkpointer, state)
+    checkpointer.close()
+    assert checkpoint.find_steps(damaged) == [7, 9]
+
+    checkpointer = make_checkpointer(damaged, if_damaged="previous")
+    restored, next_batch = restore(checkpointer, state)
+    assert next_batch == 7
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    # The run comes to step 9 again.
+    checkpointer.save(state._replace(step=jnp.int32(9)), 9, META)
+    checkpointer.close()
+    assert checkpoint.find_steps(damaged) == [7, 9]
+    assert [path.name for path in (damaged / "damaged").iterdir()] == ["9"]
+
+
+def test_the_only_checkpoint_is_never_passed_over(damaged, state):
+    shutil.rmtree(damaged / "checkpoints" / "7")
+    checkpointer = make_checkpointer(damaged, if_damaged="previous")
+    with pytest.raises(DamagedError, match="Others: none"):
+        restore(checkpointer, state)
+    checkpointer.close()
+    assert checkpoint.find_steps(damaged) == [9]
+
+
+def test_damaged_weights_are_not_drawn_with(damaged, state):
+    mesh = sharding.make_mesh(replica=1, data=8, model=1)
+    shardings = sharding.tree_shardings(state.params, mesh)
+    arrays = (damaged / "checkpoints" / "9" / "state").glob("ocdbt.process_0/d/*")
+    for path in arrays:
+        flip(path, path.stat().st_size // 2)
+    with pytest.raises(DamagedError, match="9 is damaged"):
+        checkpoint.load_params(
+            checkpoint.find(damaged), abstract_params(MODEL), shardings, weights="ema"
+        )
+
+
+def test_the_best_checkpoints_stay_besides_the_newest(tmp_path):
+    state, _ = make_state(sharding.make_mesh(replica=1, data=8, model=1))
+    losses = {5: 0.5, 10: 0.2, 15: 0.4, 20: 0.3, 25: 0.6, 30: None}
+    for steps in ([5, 10, 15], [20, 25, 30]):  # it is started again between them
+        checkpointer = make_checkpointer(tmp_path, keep_latest=1, keep_best=2)
+        for step in steps:
+            checkpointer.save(state, step, META, validation_loss=losses[step])
+        checkpointer.close()
+    assert checkpoint.find_steps(tmp_path) == [10, 20, 30]
+
+
+def test_what_a_killed_save_left_is_removed_and_saved_anew(tmp_path, state):
+    checkpointer = make_checkpointer(tmp_path)
+    checkpointer.save(state, 7, META)
+    checkpointer.close()
+    whole = tmp_path / "checkpoints" / "7"
+    shutil.copytree(whole, whole.with_name("9.orbax-checkpoint-tmp"))
+    shutil.copytree(whole, whole.with_name("9.orbax-checkpoint-tmp-1"))
+    assert checkpoint.find_steps(tmp_path) == [7]
+    checkpointer = make_checkpointer(tmp_path)
+    assert checkpointer.latest_step() == 7
+    checkpointer.save(state, 9, META)
+    checkpointer.close()
+    assert sorted(path.name for path in whole.parent.iterdir()) == ["7", "9"]
+
+
+def test_settings_that_changed_are_said_by_what_they_change():
+    saved = {
+        "config": {"optim": {"learning_rate": 1.0}, "train": {"log_every": 1, "init_from": ""}}
+    }
+    meta = {
+        "config": {"optim": {"learning_rate": 2.0}, "train": {"log_every": 5, "init_from": "a"}}
+    }
+    assert checkpoint.describe_changes(saved, saved) == ""
+    learned, rest = checkpoint.describe_changes(saved, meta).split("learning does not depend on")
+    assert "learned from here:\n  optim.learning_rate: 1.0 there, 2.0 here" in learned
+    assert "for rounding:\n  train.log_every: 1 there, 5 here" in rest
+    assert "init_from" not in learned + rest

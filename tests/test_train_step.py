@@ -119,3 +119,32 @@ def test_the_average_follows_the_parameters():
     state, _ = run_step()
     # At the first step the decay is 1 / 10.
     np.testing.assert_allclose(state.ema["a"], 0.1 * 1.0 + 0.9 * state.params["a"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_a_step_without_a_finite_loss_is_not_applied(number, num_microbatches):
+    """Parameters, average and moments stay; step and schedule go on; the picture is named."""
+    optimizer = optax.chain(
+        optax.scale_by_adam(), optax.scale_by_learning_rate(optax.constant_schedule(0.1))
+    )
+    step = jax.jit(
+        make_train_step(
+            forward, optimizer, time_distribution="logit_normal", time_shift=2.0, ema_decay=0.5,
+            num_microbatches=num_microbatches,
+        )
+    )  # fmt: skip
+    batch = make_batch()
+    before, _ = step(init_state({"a": jnp.ones(()), "b": jnp.ones(())}, optimizer), batch, KEY)
+    tokens = batch.image.tokens.at[5, 0, 0].set(number)
+    after, metrics = step(before, batch._replace(image=batch.image._replace(tokens=tokens)), KEY)
+    assert not metrics["applied"]
+    np.testing.assert_array_equal(np.flatnonzero(~metrics["finite"]), [5])
+    (adam, schedule), (adam_before, schedule_before) = after.opt_state, before.opt_state
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (after.params, after.ema, adam),
+        (before.params, before.ema, adam_before),
+    )
+    assert int(schedule.count) == int(schedule_before.count) + 1
+    assert (int(before.step), int(after.step)) == (1, 2)

@@ -12,7 +12,7 @@ from PIL import Image
 from lumina_jax import loop
 from lumina_jax.data.buckets import bucket_sizes
 from lumina_jax.data.captions import Caption
-from lumina_jax.errors import InputError
+from lumina_jax.errors import RESTART, InputError
 from lumina_jax.loop import Report
 from lumina_jax.sampling.pipeline import Pipeline
 from lumina_jax.train import Trainer, bucket_fault, train
@@ -98,7 +98,7 @@ def test_stop_and_resume_equals_an_uninterrupted_run_bit_for_bit(
     monkeypatch.setattr(Report, "catch_up", read_and_terminate)
     with pytest.raises(SystemExit) as stopped:
         train(config, str(tmp_path))
-    assert stopped.value.code == 130
+    assert stopped.value.code == RESTART
     assert max(losses(tmp_path)) < 6
 
     monkeypatch.undo()
@@ -248,17 +248,18 @@ def test_the_pipeline_of_a_checkpoint_draws_with_the_average(uninterrupted):
     assert picture.size == (32, 32)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(config, tmp_path):
+def test_losses_that_are_not_finite_end_the_run_and_are_not_saved(config, tmp_path):
+    config.train.max_skipped_steps = 2
     config.optim.update(learning_rate=1e30, warmup_steps=0, grad_clip=float("inf"))
     with pytest.raises(
-        InputError, match=r"At step \d the loss is .*Lower config.optim.learning_rate"
+        InputError, match=r"2 steps up to step 3 were not .*Lower config.optim.learning_rate"
     ):
         train(config, str(tmp_path))
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_checkpoint_under_way_is_finished_when_the_run_fails(config, tmp_path):
-    config.train.update(checkpoint_every=1)
+    config.train.update(checkpoint_every=1, max_skipped_steps=2)
     config.optim.update(learning_rate=1e30, warmup_steps=0, grad_clip=float("inf"))
     with pytest.raises(InputError, match="newest checkpoint is of step 1"):
         train(config, str(tmp_path))

@@ -1,0 +1,247 @@
+"""A long run of several processes to which something happens every minute or two.
+
+    python -m tests.faults.soak --minutes=30
+
+One fault after another, drawn by --seed: a kill of all processes or of one, a termination, a frozen
+process, a full disk, slow storage, a clock that jumps, a damaged checkpoint. When the time is over
+the run is ended, and the same run is made once more with nothing happening. Both must end with the
+same parameters, average, moments and losses, to the last bit; memory must not grow.
+"""
+
+import collections
+import json
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+
+import numpy as np
+from absl import app, flags
+
+from lumina_jax.data.buckets import Bucket
+from lumina_jax.errors import RESTART
+from tests.faults.cluster import Cluster, build_shim, running
+from tests.small_data import make_emojis
+
+_MINUTES = flags.DEFINE_float("minutes", 30.0, "Of the run with faults.")
+_PROCESSES = flags.DEFINE_integer("processes", 4, "Of the run.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the faults.")
+_BETWEEN = flags.DEFINE_list("between", ["20", "60"], "Seconds of training before a fault.")
+_OUTPUT = flags.DEFINE_string("output", None, "A file for the report, as JSON.")
+
+_EMOJIS = "🐶🐱🍎🍋🏠🌞😀🎈 🇩🇪🇫🇷🇯🇵🚂🚐👀🦇🐖 🍷🍾🌵🕯️🧍👗🚪🖊️"
+_BUCKETS = (Bucket(24, 40), Bucket(32, 32), Bucket(40, 24))
+_WARM = 15.0  # seconds after the first step, when caches have filled
+DAY = 24 * 3600
+
+
+class Memory:
+    """Samples the resident memory of a cluster's processes, second by second."""
+
+    def __init__(self, cluster: Cluster):
+        self._cluster = cluster
+        self._samples: dict[int, list[tuple[float, float]]] = collections.defaultdict(list)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(1.0):
+            for process in list(self._cluster.processes):
+                try:
+                    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+                    kilobytes = int(status.split("VmRSS:")[1].split()[0])
+                except (OSError, IndexError):  # it has ended
+                    continue
+                self._samples[process.pid].append((time.monotonic(), kilobytes / 1e3))
+
+    def forget_until_now(self) -> None:
+        """Of the living processes: they have only begun."""
+        for process in self._cluster.processes:
+            self._samples[process.pid].clear()
+
+    def slope(self) -> tuple[float, float]:
+        """MB a minute over all lives, each with a level of its own; and the most that one had."""
+        times, sizes = [], []
+        for samples in self._samples.values():
+            warm = [(t, mb) for t, mb in samples if t - samples[0][0] > _WARM] if samples else []
+            if len(warm) > 5:
+                t, mb = np.array(warm).T
+                times.append(t - t.mean())
+                sizes.append(mb - mb.mean())
+        t, mb = np.concatenate(times), np.concatenate(sizes)
+        most = max(mb for samples in self._samples.values() for _, mb in samples)
+        return 60 * float(t @ mb / (t @ t)), most
+
+
+class Faults:
+    """What can happen; each method returns when the run has ended or goes on by itself."""
+
+    NAMES = ("kill_all", "kill_one", "kill_inside_a_save", "terminate", "freeze", "full_disk",
+             "slow_storage", "clock", "damaged_checkpoint")  # fmt: skip
+
+    def __init__(self, cluster: Cluster, steer: dict[str, pathlib.Path], choose: random.Random):
+        self._cluster, self._steer, self._choose = cluster, steer, choose
+
+    def _victim(self) -> int:
+        return self._choose.randrange(self._cluster.num_processes)
+
+    def kill_all(self) -> None:
+        self._cluster.kill()
+
+    def kill_one(self) -> None:
+        self._cluster.signal(self._victim(), signal.SIGKILL)
+        self._cluster.wait(90)
+
+    def kill_inside_a_save(self) -> None:
+        self._cluster.until(self._cluster.is_saving, 60, "save")
+        self._cluster.kill()
+
+    def terminate(self) -> None:
+        self._cluster.signal(self._victim(), signal.SIGTERM)
+        statuses = self._cluster.wait(90)
+        assert statuses == [RESTART] * len(statuses), statuses
+
+    def freeze(self) -> None:
+        victim = self._victim()
+        self._cluster.signal(victim, signal.SIGSTOP)
+        others = [p for n, p in enumerate(self._cluster.processes) if n != victim]
+        for process in others:
+            process.wait(120)
+        self._cluster.kill()
+
+    def full_disk(self) -> None:
+        self._cluster.until(self._cluster.is_saving, 60, "save")
+        self._steer["full"].touch()
+        try:
+            self._cluster.wait(200)
+        finally:
+            self._steer["full"].unlink()
+
+    def slow_storage(self) -> None:
+        self._steer["slow"].write_text("5000")
+        time.sleep(15)
+        self._steer["slow"].unlink()
+
+    def clock(self) -> None:
+        self._steer["clock"].write_text(str(self._choose.choice([-DAY, -60, 60, DAY])))
+
+    def damaged_checkpoint(self) -> None:
+        self._cluster.kill()
+        step = self._cluster.steps()[-1]
+        state = self._cluster.workdir / "checkpoints" / str(step) / "state"
+        victim = self._choose.choice(sorted(state.glob("ocdbt.process_*/d/*")))
+        content = bytearray(victim.read_bytes())
+        content[self._choose.randrange(len(content))] ^= 0x10
+        victim.write_bytes(content)
+
+
+def soak(folder: pathlib.Path) -> dict:
+    """Runs with faults and without; what came of it."""
+    make_emojis(folder / "emojis", _EMOJIS, _BUCKETS)
+    flags_of_all = [
+        f"--config.compile.cache_directory={folder / 'compiled'}",
+        "--config.optim.schedule=constant",
+        "--config.train.checkpoint_every=10",
+        "--config.train.keep_checkpoints=4",
+        "--config.train.if_damaged=previous",
+        "--config.train.hang_timeout=120",
+    ]
+    steer = {name: folder / name for name in ("slow", "full", "clock")}
+    cluster = Cluster(
+        folder / "faults", folder / "emojis", _PROCESSES.value, flags=flags_of_all,
+        environment={
+            "LD_PRELOAD": str(build_shim(folder)), "FAULT_PATH": str(folder / "faults"),
+            **{f"FAULT_{name.upper()}": str(path) for name, path in steer.items()},
+        },
+    )  # fmt: skip
+    with running(cluster):
+        counts, memory, seconds = _disturb(cluster, steer)
+    step = cluster.steps()[-1]
+    print(f"Now the same {step} steps, undisturbed.", flush=True)
+    steer["clock"].unlink(missing_ok=True)
+
+    calm = Cluster(folder / "calm", folder / "emojis", _PROCESSES.value, flags=flags_of_all)
+    with running(calm):
+        began = time.monotonic()
+        calm_memory = Memory(calm)
+        calm.start(f"--config.train.num_steps={step}").trains(600)
+        calm_memory.forget_until_now()
+        calm.finish(timeout=3600)
+        calm_memory.close()
+        calm_seconds = time.monotonic() - began
+    losses, expected = cluster.losses(), calm.losses()
+    slope, most = memory.slope()
+    calm_slope, calm_most = calm_memory.slope()
+    return {
+        "minutes": seconds / 60,
+        "processes": _PROCESSES.value,
+        "starts": cluster.starts,
+        "faults": dict(counts),
+        "faults_survived": sum(counts.values()),
+        "steps": step,
+        "same_state": cluster.digest(step) == calm.digest(step),
+        "same_losses": {s: losses.get(s) for s in expected} == expected,
+        "last_loss": losses[step][0],
+        "goodput": cluster.lines()[-1]["goodput"],
+        "memory_mb_per_minute": slope,
+        "memory_mb_most": most,
+        "undisturbed_minutes": calm_seconds / 60,
+        "undisturbed_memory_mb_per_minute": calm_slope,
+        "undisturbed_memory_mb_most": calm_most,
+    }
+
+
+def _disturb(cluster: Cluster, steer) -> tuple[collections.Counter, Memory, float]:
+    choose, counts = random.Random(_SEED.value), collections.Counter()
+    faults = Faults(cluster, steer, choose)
+    low, high = map(float, _BETWEEN.value)
+    memory, began = Memory(cluster), time.monotonic()
+    waiting: list[str] = []
+    while time.monotonic() - began < 60 * _MINUTES.value:
+        if all(process.poll() is not None for process in cluster.processes):
+            cluster.start().trains(600)
+            memory.forget_until_now()
+        time.sleep(choose.uniform(low, high))
+        if not waiting:  # each of them once, in another order every time
+            waiting = choose.sample(Faults.NAMES, len(Faults.NAMES))
+        name = waiting.pop()
+        if name == "damaged_checkpoint" and len(cluster.steps()) < 2:
+            waiting.insert(0, name)
+            continue
+        getattr(faults, name)()
+        counts[name] += 1
+        minutes = (time.monotonic() - began) / 60
+        print(f"{minutes:5.1f} min: {name}, newest step {cluster.steps()[-1:]}", flush=True)
+    if any(process.poll() is None for process in cluster.processes):
+        cluster.signal(0, signal.SIGTERM)
+        cluster.wait(120)
+    else:  # up to a checkpoint that is sound
+        cluster.start().trains(600)
+        cluster.signal(0, signal.SIGTERM)
+        cluster.wait(120)
+    memory.close()
+    return counts, memory, time.monotonic() - began
+
+
+def main(_) -> None:
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="lumina_jax_soak_"))
+    report = soak(folder)
+    print(json.dumps(report, indent=1))
+    if _OUTPUT.value:
+        pathlib.Path(_OUTPUT.value).write_text(json.dumps(report, indent=1) + "\n")
+    if not (report["same_state"] and report["same_losses"]):
+        sys.exit(f"The two runs differ. See {folder}.")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    app.run(main)
