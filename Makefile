@@ -11,7 +11,7 @@ WORKDIR := runs/tiny
 # Processes that share the tests; each of them takes up to 4 GB.
 WORKERS := 2
 
-.PHONY: demo test test-all test-beam lint format check venv clean
+.PHONY: demo test test-all test-beam faults soak fuzz lint format check venv clean
 
 ## Train a small model on real pictures and look at what it draws: about ten minutes on two cores.
 demo: $(VENV)/.demo
@@ -28,6 +28,19 @@ test: $(VENV)/.dev
 ## Slow ones too.
 test-all: $(VENV)/.dev
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+## Kills, full disks, damaged files and the like, in real runs: a quarter of an hour on two cores.
+faults: $(VENV)/.dev
+	$(RUN) -m pytest tests/faults tests/test_checkpoint.py tests/test_lease.py tests/test_peers.py \
+	    tests/test_watchdog.py tests/test_distributed.py tests/data/test_storage.py $(PYTEST_ARGS)
+
+## Half an hour with a fault every minute or two, against the same run undisturbed.
+soak: $(VENV)/.dev
+	$(RUN) -m tests.faults.soak $(SOAK_ARGS)
+
+## A hundred thousand inputs for each door: records, weights, flags. See docs/security.md.
+fuzz: $(VENV)/.dev
+	$(RUN) -m tests.fuzz $(FUZZ_ARGS)
 
 ## Data preparation on Apache Beam, in an environment of its own (it asks for an older protobuf).
 test-beam: $(VENV)-beam/.beam

@@ -14,7 +14,7 @@
 #
 # Given again it goes on where it stopped: a finished stage says "Nothing to do". It ends at the
 # first stage whose exit status is not 0, with that status. SIGINT and SIGTERM are handed on, once,
-# so the stage saves and leaves with 130. Run it from the root of the checkout, on every host alike.
+# so the stage saves and leaves with 75. Run it from the root of the checkout, on every host alike.
 set -euo pipefail
 
 usage() {
@@ -38,7 +38,7 @@ fi
 # would end it without a checkpoint.
 set -m
 stage='' signalled=''
-trap 'signalled=1; kill -TERM "$stage" 2>/dev/null || exit 130' INT TERM
+trap 'signalled=1; kill -TERM "$stage" 2>/dev/null || exit 75' INT TERM
 
 run() {
   local status
@@ -49,7 +49,7 @@ run() {
     wait "$stage" || status=$?
     kill -0 "$stage" 2>/dev/null || break
   done
-  if [[ $signalled ]] && ((status == 0)); then status=130; fi
+  if [[ $signalled ]] && ((status == 0)); then status=75; fi
   return "$status"
 }
 

@@ -154,11 +154,6 @@ class Checkpointer:
 
     def _restore(self, directory, abstract_state, shardings, meta):
         saved, data = load_meta(directory), load_data(directory)
-        if saved["data"] is None:
-            raise InputError(
-                f"{self.directory} holds weights alone, no run to go on with. Name it as "
-                f"config.train.init_from and give another --workdir."
-            )
         check_same_run(saved, meta, self.directory)
         if jax.process_index() == 0 and (changes := describe_changes(saved, meta)):
             logging.info("%s", changes)
@@ -448,6 +443,11 @@ def _target(abstract: Any, shardings: Any) -> Any:
 
 def check_same_run(saved: dict, meta: dict, where: epath.Path) -> None:
     """Refuses to go on with a run of another model, order of the data or optimizer."""
+    if saved["data"] is None:
+        raise InputError(
+            f"{where} holds weights alone, no run to go on with. Name it as "
+            f"config.train.init_from and give another --workdir."
+        )
     check_same("model", saved["model"], meta["model"], where)
     check_same("data", saved["data"], meta["data"], where)
     # A checkpoint without the entry is from before there was a choice.

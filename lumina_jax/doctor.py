@@ -11,7 +11,6 @@ and no others. Each process looks for itself, and process 0 reports what all of 
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -327,14 +326,9 @@ def _put(path: epath.Path, content: bytes = b"") -> None:
 
 def check_lock(parts: Parts) -> Findings:
     """Whether another run holds the workdir; nothing is taken."""
-    path = epath.Path(parts.workdir) / lease.FILE
-    try:
-        holder = lease.Holder(**json.loads(path.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
+    holder = lease.holder(parts.workdir)
+    if holder is None:
         yield ok("nobody holds the workdir")
-        return
-    except (ValueError, TypeError):
-        yield warning(f"{path} is not a lock; a run will write it anew.")
         return
     who = f"process {holder.pid} on {holder.host}"
     fate = holder.fate()
@@ -344,9 +338,11 @@ def check_lock(parts: Parts) -> Findings:
             f"--workdir."
         )
     elif fate is None:
-        yield warning(f"{path} names {who}. A run waits until it has seen that this one is dead.")
+        yield warning(
+            f"{lease.FILE} names {who}. A run waits until it has seen that this one is dead."
+        )
     else:
-        yield ok(f"{path.name} was left by {who}, which is dead")
+        yield ok(f"{lease.FILE} was left by {who}, which is dead")
 
 
 def check_text_encoder(parts: Parts) -> Findings:

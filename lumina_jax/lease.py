@@ -61,6 +61,18 @@ class Holder:
         return _birth(self.pid) == self.birth
 
 
+def holder(workdir: epath.PathLike) -> Holder | None:
+    """Who holds a workdir, alive or not; None where nobody does, or what is there is no lock."""
+    path = epath.Path(workdir) / FILE
+    try:
+        return Holder(**json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError):
+        logging.warning("%s is not a lock and is written anew.", path)
+        return None
+
+
 class Lease:
     """The right to write to a workdir, while the context is entered.
 
@@ -91,7 +103,7 @@ class Lease:
             self._wait_for_the_dead()
             self._write()
             time.sleep(self._settle)
-            if (other := self._read()) != self._me:
+            if (other := holder(self._path.parent)) != self._me:
                 raise self._taken(other)
         self._thread.start()
         return self
@@ -99,7 +111,7 @@ class Lease:
     def __exit__(self, *_) -> None:
         self._stop.set()
         self._thread.join()
-        if (found := self._read()) and found.token == self._me.token:
+        if (found := holder(self._path.parent)) and found.token == self._me.token:
             self._path.unlink(missing_ok=True)
 
     def check(self) -> None:
@@ -131,7 +143,7 @@ class Lease:
 
     def _wait_for_the_dead(self) -> None:
         """Returns when nobody holds the workdir; raises where somebody does."""
-        first = self._read()
+        first = holder(self._path.parent)
         if first is None or (fate := first.fate()) is False:
             return
         if fate:
@@ -143,7 +155,7 @@ class Lease:
         deadline = time.monotonic() + self._patience
         while time.monotonic() < deadline:
             time.sleep(min(self._renew / 4, 1.0))
-            if (found := self._read()) is None:
+            if (found := holder(self._path.parent)) is None:
                 return
             if found != first:
                 raise self._taken(found)
@@ -159,7 +171,9 @@ class Lease:
     def _keep(self) -> None:
         while not self._stop.wait(self._renew):
             try:
-                if (found := self._read()) is not None and found.token != self._me.token:
+                if (
+                    found := holder(self._path.parent)
+                ) is not None and found.token != self._me.token:
                     self._lost = found
                     return
                 self._me = dataclasses.replace(self._me, count=self._me.count + 1)
@@ -172,16 +186,6 @@ class Lease:
 
     def _write(self) -> None:
         files.write(self._path, self._text())
-
-    def _read(self) -> Holder | None:
-        """The holder; None where there is none, or what is there is no lock."""
-        try:
-            return Holder(**json.loads(self._path.read_text()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError):
-            logging.warning("%s is not a lock and is written anew.", self._path)
-            return None
 
 
 def _birth(pid: int) -> int | None:

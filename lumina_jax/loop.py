@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from lumina_jax import checkpoint, distributed, executables, goodput, metrics
+from lumina_jax import checkpoint, disk, distributed, executables, goodput, metrics
 from lumina_jax.checkpoint import Checkpointer
 from lumina_jax.data.loader import Loader
 from lumina_jax.errors import INTERRUPTED, RESTART, InputError, RestartError
@@ -146,6 +146,7 @@ def _run(trainer: Trainer, began: float | None) -> TrainState:
         if first >= train.num_steps:
             logging.info("Nothing to do: %s has all %d steps.", trainer.workdir, train.num_steps)
             return state
+        distributed.told_by_first(lambda: _check_room(trainer.workdir, state), 0)
         if jax.process_index() == 0:
             logging.info("Model:\n%s", trainer.overview())
         writer = stack.enter_context(contextlib.closing(metrics.Writer(trainer.workdir)))
@@ -191,6 +192,18 @@ def _begin(trainer: Trainer, account: goodput.Account) -> tuple[TrainState, int]
         seconds = time.perf_counter() - began
         logging.info("Read step %d, %.4g GB, in %.3g s.", first, size / 1e9, seconds)
     return state, first
+
+
+def _check_room(workdir: str, state: TrainState) -> tuple[()]:
+    """Refuses to begin what would end at the first save."""
+    needed, free = disk.checkpoint_bytes(state), disk.free_bytes(workdir)
+    if free is not None and free < needed:
+        raise InputError(
+            f"A checkpoint of this run takes up to {needed / 1e9:.3g} GB, and where {workdir} lies "
+            f"{free / 1e9:.3g} GB are free. Make room, or give a --workdir elsewhere; --dry_run "
+            f"says how much the whole run will take."
+        )
+    return ()
 
 
 def _close(checkpointer: Checkpointer, account: goodput.Account) -> None:

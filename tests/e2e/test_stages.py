@@ -70,7 +70,7 @@ def test_three_stages_follow_one_another_and_go_on_where_they_were_stopped(datas
     while process.poll() is None and not (stage2 / "metrics.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output = finish(process, 130)
+    output = finish(process, 75)
     assert steps(stage1) == [1, 2]
     assert f"Hand-over from {stage1}/checkpoints/2, step 2 of 2:" in output
     assert f"norm {norm_of_average(stage1):.6g}\n" in output
