@@ -45,7 +45,7 @@ _OF_HAND_OVER = ("train.init_from", "train.init_weights", "train.init_optimizer"
 _OF_LEARNING = ("optim.", "flow.", "loss.", "model.", "train.num_steps")
 FORMAT = 2  # since when there is a digest
 # What files of a checkpoint raise that are missing, cut off or changed. Not what devices raise.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 class Checkpointer:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from lumina_jax import distributed
+from lumina_jax import distributed, overrides
 from lumina_jax.errors import INTERRUPTED, InputError
 
 _PACKAGE = str(pathlib.Path(__file__).parent)
@@ -68,7 +68,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         names = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
         hint = f" Did you mean --{names[0]}?" if names else " `--help` lists the flags."
         _fail(f"Unknown flag --{error.flagname}.{hint}")
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except Exception as error:
         # ml_collections raises what it likes for an unknown key or a value of the wrong type.
         _fail(str(error.args[0] if error.args else error))
 
@@ -80,6 +80,7 @@ def _check_config() -> None:
             flags.FLAGS.config.to_dict()
         except OSError as error:
             raise InputError(f"--config: {' '.join(str(error).split())}") from None
+        overrides.check(flags.FLAGS["config"])
 
 
 def _fail(message: str, one_line: bool = True, status: int = InputError.status) -> None:

@@ -5,6 +5,7 @@ numbers do not depend on their order, so every device adds its own part where it
 element that changed always changes the sum; several cancel with a chance of 2^-32.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -76,9 +77,16 @@ def _checksums(
     for path, x in arrays.items():
         # Most arrays are of a few shapes, so few programs are compiled. Each is waited for: many at
         # once, which all devices must run together, can block emulated ones.
-        numbers = np.asarray(_checksum(x, tuple(types[path])).addressable_data(0)).tolist()
+        with _mesh_of(x):  # the same program, whatever mesh the caller has set
+            numbers = np.asarray(_checksum(x, tuple(types[path])).addressable_data(0)).tolist()
         found[path] = {t: f"{n:08x}" for t, n in zip(types[path], numbers, strict=True)}
     return found
+
+
+def _mesh_of(x: Array) -> contextlib.AbstractContextManager:
+    if isinstance(x.sharding, jax.sharding.NamedSharding):
+        return jax.set_mesh(x.sharding.mesh)
+    return contextlib.nullcontext()
 
 
 @functools.partial(jax.jit, static_argnames="dtypes")

@@ -107,12 +107,12 @@ def number_faults(config: ConfigDict) -> list[str]:
     if train.if_damaged not in checkpoint.IF_DAMAGED:
         choices = ", ".join(checkpoint.IF_DAMAGED)
         faults.append(f"train.if_damaged={train.if_damaged!r} is not one of {choices}")
-    if train.profile_steps and (
-        len(train.profile_steps) != 2 or not 0 < train.profile_steps[0] < train.profile_steps[1]
+    steps = train.profile_steps
+    if steps and not (
+        len(steps) == 2 and all(isinstance(s, int) for s in steps) and 0 < steps[0] < steps[1]
     ):
         faults.append(
-            f"train.profile_steps={train.profile_steps} must be (first, last + 1), counted from 1, "
-            f"or ()"
+            f"train.profile_steps={steps} must be (first, last + 1), counted from 1, or ()"
         )
     return faults
 

@@ -515,6 +515,11 @@ def make_datasets(data: ConfigDict) -> list[Dataset]:
         )
     if data.directory:
         return [Dataset(data.directory)]
+    if strange := [n for n, dataset in data.datasets.items() if not hasattr(dataset, "items")]:
+        raise InputError(
+            f"config.data.datasets.{strange[0]}={data.datasets[strange[0]]!r} is no section; it "
+            "has a directory, and may have a weight and a system_prompt."
+        )
     faults = [
         f"{name}.{key}"
         for name, dataset in sorted(data.datasets.items())

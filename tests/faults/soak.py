@@ -30,7 +30,7 @@ from tests.small_data import make_emojis
 _MINUTES = flags.DEFINE_float("minutes", 30.0, "Of the run with faults.")
 _PROCESSES = flags.DEFINE_integer("processes", 4, "Of the run.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the faults.")
-_BETWEEN = flags.DEFINE_list("between", ["20", "60"], "Seconds of training before a fault.")
+_BETWEEN = flags.DEFINE_list("between", ["20", "50"], "Seconds of training before a fault.")
 _OUTPUT = flags.DEFINE_string("output", None, "A file for the report, as JSON.")
 
 _EMOJIS = "🐶🐱🍎🍋🏠🌞😀🎈 🇩🇪🇫🇷🇯🇵🚂🚐👀🦇🐖 🍷🍾🌵🕯️🧍👗🚪🖊️"
@@ -150,6 +150,7 @@ def soak(folder: pathlib.Path) -> dict:
     flags_of_all = [
         f"--config.compile.cache_directory={folder / 'compiled'}",
         "--config.optim.schedule=constant",
+        "--config.train.num_steps=1000000",
         "--config.train.checkpoint_every=10",
         "--config.train.keep_checkpoints=4",
         "--config.train.if_damaged=previous",
