@@ -50,12 +50,13 @@ def run(
         except InputError as error:
             _fail(str(error), one_line=False, status=error.status)
         except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr)
+            print("Interrupted.", file=sys.stderr, flush=True)
+            distributed.fail(INTERRUPTED, "interrupted.")
             sys.exit(INTERRUPTED)
         except Exception as error:
             if distributed.peers() is not None:
                 logging.exception("Not an error that was foreseen:")
-                distributed.fail(1, f"{type(error).__name__}: {error}")
+                distributed.fail(1, f"{type(error).__name__}: {error}", error)
             raise
 
     app.run(guarded, flags_parser=_parse_flags)

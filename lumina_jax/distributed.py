@@ -212,9 +212,14 @@ def peers() -> Peers | None:
     return _peers
 
 
-def fail(status: int, reason: str) -> None:
-    """Ends all processes of the run for the reason of this one; returns where it is alone."""
+def fail(status: int, reason: str, error: Exception | None = None) -> None:
+    """Ends all processes of the run for the reason of this one; returns where it is alone.
+
+    An `error` of the devices may only follow from a process that is lost: then that is the reason.
+    """
     if _peers is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            _peers.wait_for_verdict()
         process = f"Process {jax.process_index()} ({socket.gethostname()})"
         _peers.end_all(status, f"{process} has failed: {reason}")
 

@@ -94,6 +94,10 @@ class Peers:
             logging.info("%s", error)
         self._leave(status)
 
+    def wait_for_verdict(self) -> None:
+        """Gives the time in which a lost process is noticed, and this one ended for it."""
+        time.sleep(self._lost_timeout + 3 * self._period)
+
     def close(self) -> None:
         """This process is done, and its silence is no sign of anything."""
         self._stop.set()
