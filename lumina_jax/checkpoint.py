@@ -18,7 +18,8 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
@@ -44,8 +45,11 @@ _OF_HAND_OVER = ("train.init_from", "train.init_weights", "train.init_optimizer"
 # Settings that may change when a run goes on, and then change what it learns.
 _OF_LEARNING = ("optim.", "flow.", "loss.", "model.", "train.num_steps")
 FORMAT = 2  # since when there is a digest
-# What files of a checkpoint raise that are missing, cut off or changed. Not what devices raise.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
+_STORAGE = "storage: "  # begins a fault that is none of the checkpoint
+_PASSING = (
+    "UNAVAILABLE|PERMISSION_DENIED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|ABORTED"
+    "|Too many open files|Permission denied|Input/output error|timed out|onnection (reset|refused)"
+)
 
 
 class Checkpointer:
@@ -75,16 +79,10 @@ class Checkpointer:
         self._policies = [checkpoint_managers.LatestN(keep_latest)]
         if keep_every:
             self._policies.append(checkpoint_managers.EveryNSteps(keep_every))
-        self._keeps_best = bool(keep_best)
-        if keep_best:
-            best = checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[BEST_BY],
-                reverse=True,  # the lowest last, where BestN takes them
-                n=keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
-            self._policies.append(best)
+        self._best = _Best(self.directory, keep_best)
+        self._policies.append(self._best)
         self._writing: int | None = None  # the step that is on its way to the disk
+        self._has_failed = False
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -94,13 +92,23 @@ class Checkpointer:
             item_names=_ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(self._policies),
-                # Tells Orbax that there are metrics to write; the policy decides by them.
-                best_fn=(lambda metrics: -metrics[BEST_BY]) if self._keeps_best else None,
                 cleanup_tmp_directories=True,  # what a killed save left
+                # Slow storage is slow; what hangs, the watchdog ends.
+                async_options=ocp.options.AsyncOptions(timeout_secs=24 * 3600),
             ),
         )
 
     def latest_step(self) -> int | None:
+        """The newest step, as process 0 lists it; all processes ask together."""
+
+        def find():
+            return [-1 if (step := self.newest_here()) is None else step]
+
+        (step,) = distributed.told_by_first(find, 1)
+        return None if step < 0 else step
+
+    def newest_here(self) -> int | None:
+        """The newest step that this process knows of."""
         return self._manager.latest_step()
 
     def reached_preemption(self, step: int) -> bool:
@@ -119,8 +127,15 @@ class Checkpointer:
     ) -> None:
         """Begins to write a checkpoint; raises if the one before could not be written."""
         self.wait()
-        meta, data = {"format": FORMAT, **meta}, {"next_batch": step}
-        checksums = digest.make(state, data=data, meta=meta)
+        meta, data = {"format": FORMAT, **meta}, {"next_batch": step, BEST_BY: validation_loss}
+        checksums, strange = digest.make(state, data=data, meta=meta)
+        if strange:
+            raise InputError(
+                f"Step {step} is not saved: not all numbers are finite of {_listed(strange)}. The "
+                f"newest checkpoint is of step {self.newest_here()}, in {self.directory}. Lower "
+                f"config.optim.learning_rate and run again."
+            )
+        self._best.note(step, validation_loss)
         with self._writes(step):
             self._manager.save(
                 step,
@@ -130,7 +145,6 @@ class Checkpointer:
                     meta=ocp.args.JsonSave(meta),
                     digest=ocp.args.JsonSave(checksums),
                 ),
-                metrics=None if validation_loss is None else {BEST_BY: validation_loss},
                 force=True,
             )
         self._writing = step
@@ -143,7 +157,7 @@ class Checkpointer:
         Refuses the state of another model or of another order of the data.
         """
         while True:
-            step = self._manager.latest_step()
+            step = self.latest_step()
             try:
                 return self._restore(self.directory / str(step), abstract_state, shardings, meta)
             except DamagedError as error:
@@ -153,7 +167,10 @@ class Checkpointer:
                 self._set_aside(step)
 
     def _restore(self, directory, abstract_state, shardings, meta):
-        saved, data = load_meta(directory), load_data(directory)
+        def read_words():
+            return [_read_json(directory, item) for item in ("meta", "data")]
+
+        saved, data = _sound(directory, read_words, together=True)
         check_same_run(saved, meta, self.directory)
         if jax.process_index() == 0 and (changes := describe_changes(saved, meta)):
             logging.info("%s", changes)
@@ -167,16 +184,19 @@ class Checkpointer:
         self._manager.reload()
 
     def is_writing(self) -> bool:
-        """Whether the last save is still on its way to the disk."""
+        """Whether the last save is still on its way to the disk; raises if it cannot be written."""
+        if self._writing is not None:
+            with self._writes(self._writing):
+                self._manager.check_for_errors()
         return self._manager.is_saving_in_progress()
 
     def num_bytes(self) -> int:
         """The size on disk of the newest checkpoint."""
-        return num_bytes(self.directory / str(self.latest_step()))
+        return num_bytes(self.directory / str(self.newest_here()))
 
     def wait(self) -> None:
         """Waits for the last save to be on disk; raises a RestartError if it cannot be written."""
-        if self._writing is not None:
+        if self._writing is not None and not self._has_failed:
             with self._writes(self._writing):
                 self._manager.wait_until_finished()
             self._writing = None
@@ -184,19 +204,47 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for the last save to be on disk."""
         self.wait()
-        self._manager.close()
+        # Where a save has failed, threads of Orbax wait for processes that wait for this one.
+        if "_manager" in self.__dict__ and not self._has_failed:
+            self._manager.close()
 
     @contextlib.contextmanager
     def _writes(self, step: int) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore says "no space left" as a ValueError
-            self._writing = None
+            self._has_failed = True
             raise RestartError(
                 f"The checkpoint of step {step} could not be written: {_first_line(error)} The "
                 f"newest whole one in {self.directory} is {_newest(self.directory)}. Mend the "
                 f"storage, or make room; the same command goes on from there."
             ) from error
+
+
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Keeps those with the lowest validation loss."""
+
+    def __init__(self, directory: epath.Path, num: int):
+        self._directory, self._num = directory, num
+        self._losses: dict[int, float | None] = {}
+
+    def should_preserve(self, checkpoints: Sequence, *, context: Any) -> Sequence[bool]:
+        del context
+        if not self._num:
+            return [False] * len(checkpoints)
+        found = {info.step: self._loss(info.step) for info in checkpoints}
+        losses = {step: loss for step, loss in found.items() if loss is not None}
+        best = sorted(losses, key=lambda step: (losses[step], -step))[: self._num]
+        return [info.step in best for info in checkpoints]
+
+    def note(self, step: int, loss: float | None) -> None:
+        """Of a checkpoint that cannot be read yet."""
+        self._losses[step] = loss
+
+    def _loss(self, step: int) -> float | None:
+        if step not in self._losses:
+            self._losses[step] = validation_loss(self._directory / str(step))
+        return self._losses[step]
 
 
 def save_weights(workdir: epath.PathLike, params: Any, meta: dict) -> None:
@@ -221,7 +269,11 @@ def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
     while target.exists():
         target = target.with_name(f"{step}_{next(number)}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    directory.rename(target)
+    if "://" in os.fspath(directory):  # a bucket without folders can only copy and remove
+        fs, source = fsspec.core.url_to_fs(os.fspath(directory))
+        fs.mv(source, fsspec.core.url_to_fs(os.fspath(target))[1], recursive=True)
+    else:
+        directory.rename(target)
     return target
 
 
@@ -280,44 +332,42 @@ def load_meta(directory: epath.Path) -> dict:
             f"{directory} is not a checkpoint of lumina_jax: it needs {', '.join(_ITEMS)} and has "
             f"{sorted(entry.name for entry in directory.iterdir())}."
         )
-    return _load_json(directory, "meta")
+    return _sound(directory, lambda: _read_json(directory, "meta"))
 
 
 def load_data(directory: epath.Path) -> dict:
     """Where the data stand: `next_batch`, an index."""
-    return _load_json(directory, "data")
+    return _sound(directory, lambda: _read_json(directory, "data"))
 
 
 def load_digest(directory: epath.Path) -> dict | None:
     """The checksums of a checkpoint; None if it is from before there were any."""
-    try:
-        if _read_json(directory, "meta").get("format", 1) < FORMAT:
-            return None
-        found = _read_json(directory, "digest")
-    except _UNREADABLE as error:
-        raise _damaged(directory, [_first_line(error)]) from error
-    if not digest.is_sound(found):
-        raise _damaged(directory, [f"{directory / 'digest'} is not what was written"])
-    return found
-
-
-def _load_json(directory: epath.Path, item: str) -> dict:
-    try:
-        content = _read_json(directory, item)
-    except _UNREADABLE as error:
-        raise _damaged(directory, [_first_line(error)]) from error
-    found = load_digest(directory)
-    if found is not None and digest.of_json(content) != found.get(item):
-        raise _damaged(directory, [f"{directory / item} is not what was written"])
-    return content
+    return _sound(directory, lambda: _read_digest(directory))
 
 
 def _read_json(directory: epath.Path, item: str) -> dict:
-    path = directory / item / "metadata"
+    """What is said beside the arrays, if it is what was written; else a ValueError or OSError."""
+    content, found = _parse(directory / item), _read_digest(directory)
+    if found is not None and digest.of_json(content) != found.get(item):
+        raise ValueError(f"{directory / item} is not what was written")
+    return content
+
+
+def _read_digest(directory: epath.Path) -> dict | None:
+    if _parse(directory / "meta").get("format", 1) < FORMAT:
+        return None
+    found = _parse(directory / "digest")
+    if not digest.is_sound(found):
+        raise ValueError(f"{directory / 'digest'} is not what was written")
+    return found
+
+
+def _parse(item: epath.Path) -> dict:
+    path = item / "metadata"
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no object")
     return content
@@ -344,9 +394,9 @@ def load_part(directory: epath.Path, name: str, abstract: Any, shardings: Any) -
 
 
 def _read(directory: epath.Path, target: dict) -> dict:
-    """Reads parts of a state; a DamagedError on every process if one cannot, or reads others."""
-    fault = ""
-    try:
+    """Reads parts of a state, if they are what was written; all processes call it together."""
+
+    def read():
         restored = ocp.PyTreeCheckpointHandler().restore(
             directory / "state",
             args=ocp.args.PyTreeRestore(
@@ -355,17 +405,46 @@ def _read(directory: epath.Path, target: dict) -> dict:
                 partial_restore=True,
             ),
         )
-    except jax.errors.JaxRuntimeError:  # of the devices, such as too little memory
-        raise
-    except Exception as error:  # Orbax raises what it likes
-        fault = _first_line(error)
-    # Before anything else that all must do together: who failed would not be there.
-    if faults := distributed.faults(fault):
-        raise _damaged(directory, sorted(set(faults.values())))
-    found = load_digest(directory)
+        return restored, _read_digest(directory)
+
+    restored, found = _sound(directory, read, together=True)
     if found is not None and (differing := digest.differing(restored, found)):
         raise _damaged(directory, [f"arrays are not what was saved: {_listed(differing)}"])
     return restored
+
+
+def _sound(directory: epath.Path, read: Callable[[], Any], *, together: bool = False) -> Any:
+    """What `read` returns; a DamagedError if it finds damage, a RestartError if storage fails.
+
+    If processes read together, all raise what one has met, before anything else that all must do
+    together: who failed would not be there.
+    """
+    fault = found = None
+    try:
+        found = read()
+    except jax.errors.JaxRuntimeError:  # of the devices, such as too little memory
+        raise
+    except Exception as error:  # Orbax raises what it likes
+        fault = f"{_STORAGE if _is_of_storage(error) else ''}{_first_line(error)}"
+    faults = distributed.faults(fault or "") if together else {0: fault} if fault else {}
+    if not faults:
+        return found
+    said = sorted(set(faults.values()))
+    if any(fault.startswith(_STORAGE) for fault in said):
+        raise RestartError(
+            f"The checkpoint {directory} could not be read: {'; '.join(said)}. That may pass: the "
+            f"same command tries again."
+        )
+    raise _damaged(directory, said)
+
+
+def _is_of_storage(error: Exception) -> bool:
+    """Whether an error says nothing of the file: it may be whole, but cannot be had now."""
+    kinds = (PermissionError, TimeoutError, ConnectionError, MemoryError)
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    return any(isinstance(e, kinds) or re.search(_PASSING, str(e)) for e in chain)
 
 
 def _damaged(directory: epath.Path, faults: Sequence[str]) -> DamagedError:
@@ -409,13 +488,10 @@ def verify(directory: epath.Path) -> None:
 
 
 def validation_loss(directory: epath.Path) -> float | None:
-    """The validation loss that a checkpoint was kept for; None if it was not measured."""
-    path = directory / "metrics" / "metrics"
-    if not path.exists():
-        return None
+    """The validation loss at a checkpoint; None if it was not measured, or cannot be read."""
     try:
-        return float(json.loads(path.read_text())[BEST_BY])
-    except _UNREADABLE:
+        return _read_json(directory, "data").get(BEST_BY)
+    except (OSError, ValueError):
         return None
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 
-def make(state: Any, **contents: Mapping) -> dict:
-    """What is written beside a state and what is said of it.
+def make(state: Any, **contents: Mapping) -> tuple[dict, list[str]]:
+    """What is written beside a state and what is said of it, and where it has NaN or infinity.
 
     `arrays` has for each path the checksum of its type, and for float32 also that of its numbers
     rounded to bfloat16, in which weights are often read; besides, the hash of each content.
@@ -29,10 +29,9 @@ def make(state: Any, **contents: Mapping) -> dict:
     types = {
         path: (str(x.dtype), "bfloat16")[: 1 + (x.dtype == "float32")] for path, x in arrays.items()
     }
-    digest = {"arrays": _checksums(arrays, types)} | {
-        name: of_json(content) for name, content in contents.items()
-    }
-    return digest | {"digest": of_json(digest)}
+    checksums, strange = _checksums(arrays, types)
+    digest = {"arrays": checksums} | {name: of_json(content) for name, content in contents.items()}
+    return digest | {"digest": of_json(digest)}, strange
 
 
 def is_sound(digest: Mapping) -> bool:
@@ -50,7 +49,7 @@ def differing(state: Any, digest: Mapping) -> list[str]:
         path: (dtype if (dtype := str(x.dtype)) in entries[path] else next(iter(entries[path])),)
         for path, x in known.items()
     }
-    found = _checksums(known, types)
+    found, _ = _checksums(known, types)
     return [
         path
         for path in arrays
@@ -71,16 +70,22 @@ def _by_path(tree: Any) -> dict[str, Array]:
 
 def _checksums(
     arrays: Mapping[str, Array], types: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, str]]:
-    """The checksums of each array in its types; all processes call it together."""
-    found = {}
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The checksums of each array in its types, and which of them have NaN or infinity.
+
+    All processes call it together.
+    """
+    found, strange = {}, []
     for path, x in arrays.items():
         # Most arrays are of a few shapes, so few programs are compiled. Each is waited for: many at
         # once, which all devices must run together, can block emulated ones.
         with _mesh_of(x):  # the same program, whatever mesh the caller has set
-            numbers = np.asarray(_checksum(x, tuple(types[path])).addressable_data(0)).tolist()
+            sums = np.asarray(_checksum(x, tuple(types[path])).addressable_data(0))
+        *numbers, num_strange = sums.tolist()
         found[path] = {t: f"{n:08x}" for t, n in zip(types[path], numbers, strict=True)}
-    return found
+        if num_strange:
+            strange.append(path)
+    return found, strange
 
 
 def _mesh_of(x: Array) -> contextlib.AbstractContextManager:
@@ -91,19 +96,19 @@ def _mesh_of(x: Array) -> contextlib.AbstractContextManager:
 
 @functools.partial(jax.jit, static_argnames="dtypes")
 def _checksum(x: Array, dtypes: tuple[str, ...]) -> UInt32[Array, " n"]:
-    """Of an array in each of the types."""
+    """Of an array in each of the types; the last number is how many elements are not finite."""
     strides = [math.prod(x.shape[dim + 1 :]) % 2**32 for dim in range(x.ndim)]
     iotas = [
         jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * np.uint32(stride)
         for dim, stride in enumerate(strides)
     ]
     place = _mixed(functools.reduce(jnp.add, iotas, jnp.ones((), jnp.uint32)))
-    sums = []
+    sums, finite = [], jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.floating) else True
     for dtype in dtypes:
         y = x.astype(dtype)
         bits = jax.lax.bitcast_convert_type(y, f"uint{8 * y.dtype.itemsize}").astype(jnp.uint32)
         sums.append(jnp.sum(_mixed(bits ^ place), dtype=jnp.uint32))
-    return jnp.stack(sums)
+    return jnp.stack([*sums, jnp.sum(~jnp.asarray(finite), dtype=jnp.uint32)])
 
 
 def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from lumina_jax.errors import InputError, JoinError
+from lumina_jax.errors import RESTART, InputError, JoinError, RestartError
 from lumina_jax.peers import Peers
 from lumina_jax.roll_call import Place, call_the_roll
 
@@ -249,8 +249,9 @@ def told_by_first(find: Callable[[], Sequence[int]], num: int) -> list[int]:
         try:
             numbers[:num] = find()
         except InputError as error:
-            numbers[num], fault = 1, error
-    *found, failed = multihost_utils.broadcast_one_to_all(numbers).tolist()
-    if failed:
-        raise fault or InputError("Process 0 cannot go on; its last message says why.")
+            numbers[num], fault = error.status, error
+    *found, status = multihost_utils.broadcast_one_to_all(numbers).tolist()
+    if status:
+        kind = RestartError if status == RESTART else InputError
+        raise fault or kind("Process 0 cannot go on; its last message says why.")
     return found

@@ -111,18 +111,29 @@ class Lease:
     def __exit__(self, *_) -> None:
         self._stop.set()
         self._thread.join()
-        if (found := holder(self._path.parent)) and found.token == self._me.token:
-            self._path.unlink(missing_ok=True)
+        try:
+            if not self._is_taken():
+                self._path.unlink(missing_ok=True)
+        except Exception as error:  # of a store; it must not hide how the run ended
+            logging.warning("%s stays: %s", self._path, error)
 
-    def check(self) -> None:
-        """Raises a RestartError if another run has taken the workdir meanwhile."""
-        if self._lost:
+    def check(self, *, now: bool = False) -> None:
+        """Raises a RestartError if another run has taken the workdir meanwhile.
+
+        It is looked up every few seconds; with `now` also at once.
+        """
+        if self._lost or (now and self._is_taken()):
             raise RestartError(
                 f"{self._path} now names process {self._lost.pid} on {self._lost.host}: this run "
                 f"did not renew it for over {self._patience:g} s (a machine asleep? storage that "
                 f"did not answer?), and another one took {self._path.parent}. This one ends "
                 f"without saving. Started again it waits its turn."
             )
+
+    def _is_taken(self) -> bool:
+        if (found := holder(self._path.parent)) and found.token != self._me.token:
+            self._lost = found
+        return self._lost is not None
 
     def _create(self) -> bool:
         """Takes a workdir that nobody holds; False where a file is there, or was a moment ago."""
@@ -171,10 +182,7 @@ class Lease:
     def _keep(self) -> None:
         while not self._stop.wait(self._renew):
             try:
-                if (
-                    found := holder(self._path.parent)
-                ) is not None and found.token != self._me.token:
-                    self._lost = found
+                if self._is_taken():
                     return
                 self._me = dataclasses.replace(self._me, count=self._me.count + 1)
                 self._write()

@@ -5,6 +5,7 @@ It asks of a trainer what `Trainer` names, so the model and its autoencoder shar
 
 import contextlib
 import dataclasses
+import math
 import signal
 import sys
 import time
@@ -126,6 +127,10 @@ def run(trainer: Trainer, *, began: float | None = None) -> TrainState:
     """
     try:
         return _run(trainer, began)
+    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        raise InputError(
+            f"{trainer.workdir} cannot be written to ({error}). Give another --workdir."
+        ) from error
     except OSError as error:  # what the run writes besides checkpoints
         raise RestartError(
             f"The storage failed: {error}. Mend it, or make room; the same command goes on from "
@@ -136,12 +141,13 @@ def run(trainer: Trainer, *, began: float | None = None) -> TrainState:
 def _run(trainer: Trainer, began: float | None) -> TrainState:
     train = trainer.config.train
     with contextlib.ExitStack() as stack:
+        # First in, last out: a signal must not end the last save.
+        stopper = stack.enter_context(Stopper(trainer.checkpointer))
         watchdog = stack.enter_context(Watchdog(trainer.workdir, train.hang_timeout))
         lease = _take(trainer.workdir, stack)
         path = epath.Path(trainer.workdir) / goodput.FILE
         account = stack.enter_context(goodput.Account(path, began=began))
-        # On whatever way out: a save that is under way must reach the disk.
-        stack.callback(_close, trainer.checkpointer, account)
+        stack.enter_context(_closing(trainer.checkpointer, account))
         state, first = _begin(trainer, account)
         if first >= train.num_steps:
             logging.info("Nothing to do: %s has all %d steps.", trainer.workdir, train.num_steps)
@@ -155,7 +161,7 @@ def _run(trainer: Trainer, began: float | None) -> TrainState:
             contextlib.closing(Report(trainer, writer, account, watchdog, lease))
         )
         stack.enter_context(jax.set_mesh(trainer.mesh))
-        state, last, signalled = loop(trainer, state, first, batches, report)
+        state, last, signalled = loop(trainer, state, first, batches, report, stopper)
     if jax.process_index() == 0:
         logging.info("Where the time went: %s", account.table())
     if signalled:
@@ -206,26 +212,39 @@ def _check_room(workdir: str, state: TrainState) -> tuple[()]:
     return ()
 
 
-def _close(checkpointer: Checkpointer, account: goodput.Account) -> None:
+@contextlib.contextmanager
+def _closing(checkpointer: Checkpointer, account: goodput.Account) -> Iterator[None]:
+    """On whatever way out, a save that is under way reaches the disk."""
+    try:
+        yield
+    except BaseException:
+        try:
+            with account.spending("save"):
+                checkpointer.close()
+        except RestartError as error:  # why the run ended is said by what ended it
+            logging.error("%s", error)
+        raise
     with account.spending("save"):
         checkpointer.close()
 
 
 def loop(
-    trainer: Trainer, state: TrainState, first: int, batches: Iterator[dict], report: "Report"
+    trainer: Trainer,
+    state: TrainState,
+    first: int,
+    batches: Iterator[dict],
+    report: "Report",
+    stopper: "Stopper",
 ) -> tuple[TrainState, int, int | None]:
     """Takes batches and steps; returns the last state, how many steps it has seen, and the signal.
 
     The signal is None unless one stopped the run.
     """
-    config, checkpointer = trainer.config.train, trainer.checkpointer
+    config = trainer.config.train
     key = jax.random.key(trainer.config.seed)
     save_is_due = False
 
-    with (
-        Stopper(checkpointer) as stopper,
-        progress_bar("Training", config.num_steps, first, "steps") as advance,
-    ):
+    with progress_bar("Training", config.num_steps, first, "steps") as advance:
         batch = trainer.encode(report.timed_next(batches), first)
         for done in range(first + 1, config.num_steps + 1):
             report.begin(done)
@@ -381,7 +400,7 @@ class Report:
         raise InputError(
             f"{self.num_skipped_in_a_row} steps up to step {step} were not applied, one after "
             f"another (config.train.max_skipped_steps): {numbers}.{which} The newest checkpoint is "
-            f"of step {saved.latest_step()}, in {saved.directory}. Lower "
+            f"of step {saved.newest_here()}, in {saved.directory}. Lower "
             f"config.optim.learning_rate or config.optim.grad_clip, or use "
             f"config.model.dtype=float32, and run again."
         )
@@ -395,7 +414,8 @@ class Report:
         self.meter.set("save_write_seconds", time.perf_counter() - self._saving_since)
         self._saving_since = None
         if jax.process_index() == 0:
-            self.meter.set("checkpoint_bytes", saved.num_bytes())
+            with self._spending("save"):
+                self.meter.set("checkpoint_bytes", saved.num_bytes())
 
     def _add_step_time(self, step: int, finished: float, interruptions: float) -> None:
         """From one step's end to the next one's, where nothing else came between."""
@@ -407,6 +427,10 @@ class Report:
         """Begins to save the state as of the step that was begun last."""
         trainer, step = self._trainer, self._begun
         loss = self.writer.newest(checkpoint.BEST_BY, step)
+        if loss is not None and not math.isfinite(loss):
+            loss = None  # it is not among the best
+        if self._lease is not None:
+            self._lease.check(now=True)
         began = time.perf_counter()
         with self._spending("save"):
             trainer.checkpointer.save(state, step, trainer.meta, validation_loss=loss)

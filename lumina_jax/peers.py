@@ -6,6 +6,7 @@ Whoever knows that the run cannot go on, because one is lost, hangs or has faile
 verdict. All end by it, with the same exit status, in the time of two signs of life.
 """
 
+import contextlib
 import json
 import os
 import threading
@@ -30,7 +31,7 @@ class Store(Protocol):
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...
 
 
-class Place(NamedTuple):
+class Progress(NamedTuple):
     """A sign of life: its number, and how far the process is."""
 
     count: int
@@ -80,10 +81,10 @@ class Peers:
         """This process has come further."""
         self._place = step, doing
 
-    def places(self) -> dict[int, Place]:
+    def places(self) -> dict[int, Progress]:
         """How far each process was at its last sign of life."""
         found = self._store.key_value_dir_get(f"{_ROOM}/places/")
-        return {int(key.rsplit("/", 1)[1]): Place(*json.loads(text)) for key, text in found}
+        return {int(key.rsplit("/", 1)[1]): Progress(*json.loads(text)) for key, text in found}
 
     def end_all(self, status: int, reason: str) -> None:
         """Ends every process of the run with this status, this one too; does not return."""
@@ -92,11 +93,14 @@ class Peers:
             self._store.key_value_set(f"{_ROOM}/verdict/0", json.dumps([status, reason]))
         except Exception as error:  # there is one already, or the coordinator is gone
             logging.info("%s", error)
+            with contextlib.suppress(Exception):
+                status = (self._verdict() or Verdict(status, reason)).status
         self._leave(status)
 
     def wait_for_verdict(self) -> None:
         """Gives the time in which a lost process is noticed, and this one ended for it."""
-        time.sleep(self._lost_timeout + 3 * self._period)
+        if self._num_processes > 1:
+            time.sleep(self._lost_timeout + 3 * self._period)
 
     def close(self) -> None:
         """This process is done, and its silence is no sign of anything."""

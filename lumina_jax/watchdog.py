@@ -72,20 +72,26 @@ class Watchdog:
         head = (
             f"Process {jax.process_index()} of {jax.process_count()} has not come further than "
             f"{doing!r} of step {step} for {idle:.0f} s (config.train.hang_timeout="
-            f"{self._timeout:g}). {_least_far()}The run ends with status {RESTART}; the same "
-            f"command goes on from the newest checkpoint."
+            f"{self._timeout:g})."
         )
-        text = f"{head}\n\n{stacks()}"
-        logging.error("%s", text)
+        # First what can be said without asking anybody: the coordinator may be what hangs.
+        logging.error("%s\n\n%s", head, stacks())
         logging.flush()
+        reason = (
+            f"{head} {_least_far()}The run ends with status {RESTART}; the same command goes on "
+            f"from the newest checkpoint."
+        )
+        logging.error("%s", reason)
         name = f"step_{step:07d}_process_{jax.process_index():03d}.txt"
         writer = threading.Thread(
-            target=files.write, args=(self._workdir / "hangs" / name, text), daemon=True
+            target=files.write,
+            args=(self._workdir / "hangs" / name, f"{reason}\n\n{stacks()}"),
+            daemon=True,
         )
         writer.start()
         writer.join(_WRITING)
         if (peers := distributed.peers()) is not None:
-            peers.end_all(RESTART, head)
+            peers.end_all(RESTART, reason)
         self._end(RESTART)
 
 
@@ -103,8 +109,10 @@ def _least_far() -> str:
         return ""
     try:
         places = peers.places()
-    except Exception as error:  # the coordinator may be what hangs
+    except Exception as error:  # it may be gone
         return f"The coordinator does not answer ({error}). "
-    least = min(place.step for place in places.values())
-    last = [f"{n} ({p.doing!r} of step {least})" for n, p in places.items() if p.step == least]
+    # Who trains waits for the others, through the devices.
+    far = {n: (place.step, place.doing == "training") for n, place in places.items()}
+    least = min(far.values(), default=None)
+    last = [f"{n} ({p.doing!r} of step {p.step})" for n, p in places.items() if far[n] == least]
     return f"The processes that came least far: {', '.join(last)}. "

@@ -19,7 +19,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests run the same program; the second one need not compile it, in whichever process it is.
 os.environ.setdefault("LUMINA_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="lumina_jax_tests_"))
 jax.config.update("jax_compilation_cache_dir", os.environ["LUMINA_JAX_TEST_CACHE"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 EMOJIS = "🐶🐱🍎🍋🏠🌞😀🎈 🇩🇪🇫🇷🇯🇵🚂🚐👀🦇🐖 🍷🍾🌵🕯️🧍👗🚪🖊️"
 BUCKETS = (Bucket(24, 40), Bucket(32, 32), Bucket(40, 24))

@@ -32,24 +32,22 @@ def test_a_checksum_is_that_of_its_definition(arrays):
         x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
         return x ^ (x >> 16)
 
-    made = digest.make(put(arrays, sharding.make_mesh(replica=1, data=4, model=2), "data"))[
-        "arrays"
-    ]
+    made, _ = digest.make(put(arrays, sharding.make_mesh(replica=1, data=4, model=2), "data"))
     for name, bits in (("kernel", np.uint32), ("moment", np.uint16)):
         numbers = np.asarray(arrays[name]).view(bits).ravel().tolist()
         expected = sum(mixed(x ^ mixed(place + 1)) for place, x in enumerate(numbers)) % 2**32
-        assert next(iter(made[name].values())) == f"{expected:08x}"
+        assert next(iter(made["arrays"][name].values())) == f"{expected:08x}"
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 8), (8, 1, 1), (1, 4, 2)])
 def test_the_mesh_does_not_matter(arrays, mesh):
     mesh = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, mesh, strict=True)))
-    made = digest.make(put(arrays, sharding.make_mesh(replica=1, data=2, model=4)))
+    made, _ = digest.make(put(arrays, sharding.make_mesh(replica=1, data=2, model=4)))
     assert digest.differing(put(arrays, mesh, None, None, "model"), made) == []
 
 
 def test_any_flipped_bit_is_found_and_its_array_named(arrays):
-    made = digest.make(arrays)
+    made, _ = digest.make(arrays)
     rng = np.random.default_rng(1)
     for _ in range(50):
         kernel = np.array(arrays["kernel"])
@@ -62,7 +60,7 @@ def test_any_flipped_bit_is_found_and_its_array_named(arrays):
 
 
 def test_weights_are_known_in_the_types_they_are_read_in(arrays):
-    made = digest.make({"kernel": arrays["kernel"], "moment": arrays["moment"]})
+    made, _ = digest.make({"kernel": arrays["kernel"], "moment": arrays["moment"]})
     read = {
         "kernel": arrays["kernel"].astype(jnp.bfloat16),
         "moment": arrays["moment"].astype(jnp.float32),
@@ -70,3 +68,9 @@ def test_weights_are_known_in_the_types_they_are_read_in(arrays):
     assert digest.differing(read, made) == []
     read["moment"] = read["moment"] + 1
     assert digest.differing(read | {"other": jnp.ones(2)}, made) == ["moment", "other"]
+
+
+def test_numbers_that_are_not_finite_are_found(arrays):
+    assert digest.make(arrays)[1] == []
+    broken = arrays | {"moment": arrays["moment"].at[2, 3].set(jnp.nan)}
+    assert digest.make(broken)[1] == ["moment"]

@@ -24,7 +24,8 @@ def joined(monkeypatch):
     """The places that would be joined; nothing is, because this process has used JAX already."""
     places = []
     monkeypatch.setattr(distributed, "call_the_roll", lambda place, _: places.append(place))
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_: None)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "_watch_over", lambda place, _: None)
     for name in SIGNS:
         monkeypatch.delenv(name, raising=False)
     return places

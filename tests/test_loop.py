@@ -96,7 +96,7 @@ def test_taking_a_batch_is_time_waited_for_data(report):
 
 def test_the_log_counts_the_wait_for_every_batch(report, trainer, tmp_path):
     state = TrainState(jnp.zeros((), jnp.int32), {}, {}, {})
-    loop.loop(trainer, state, 0, slow_batches(), report)
+    loop.loop(trainer, state, 0, slow_batches(), report, loop.Stopper(trainer.checkpointer))
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     seconds = 2 / line["steps_per_second"]
     assert line["input_wait"] * seconds >= 2 * NAP * 0.9999  # the log has six digits
@@ -108,7 +108,7 @@ def run(trainer, report, *losses):
     with trainer.config.unlocked():
         trainer.config.train.num_steps = len(losses)
     batches = itertools.repeat({"ids": ["record a"]})
-    return loop.loop(trainer, state, 0, batches, report)
+    return loop.loop(trainer, state, 0, batches, report, loop.Stopper(trainer.checkpointer))
 
 
 def test_skipped_steps_are_counted_named_and_in_no_mean(report, trainer, tmp_path, caplog):

@@ -87,5 +87,5 @@ def test_the_first_verdict_is_that_of_all(start, caplog):
     second.end_all(2, "Its data are missing.")
     third.end_all(1, "Something followed from it.")
     time.sleep(2 * PATIENCE)
-    assert ended == {0: 2, 1: 2, 2: 1}
+    assert ended == {0: 2, 1: 2, 2: 2}
     assert "Its data are missing. This process ends too, with status 2." in caplog.text

@@ -18,7 +18,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from lumina_jax import checkpoint, cli
+from lumina_jax import checkpoint, cli, lease
 from lumina_jax.errors import DamagedError, InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.")
@@ -34,7 +34,7 @@ def show() -> None:
         try:
             parts = ", ".join(checkpoint.parts(directory))
             has_digest = "yes" if checkpoint.load_digest(directory) else "no"
-        except (DamagedError, OSError, ValueError) as error:
+        except (InputError, OSError, ValueError) as error:
             parts, has_digest = f"damaged: {error}", ""
         size = f"{checkpoint.num_bytes(directory) / 1e9:.4g}"
         table.add_row(str(step), size, "" if loss is None else f"{loss:.5g}", parts, has_digest)
@@ -62,6 +62,12 @@ def set_aside() -> None:
     """Moves a checkpoint out of the way."""
     if _STEP.value is None:
         raise InputError("Which one is to be set aside? Give --step; `list` shows them.")
+    holder = lease.holder(_WORKDIR.value)
+    if holder is not None and holder.fate() is not False:
+        raise InputError(
+            f"Process {holder.pid} on {holder.host} runs in {_WORKDIR.value}, by {lease.FILE}. "
+            f"Stop it first; if it is dead, remove that file."
+        )
     steps = checkpoint.find_steps(_WORKDIR.value)
     target = checkpoint.set_aside(_WORKDIR.value, _STEP.value)
     rest = [step for step in steps if step != _STEP.value]
