@@ -16,6 +16,7 @@ from lumina_jax import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 _SHIM = pathlib.Path(__file__).with_name("shim.c")
+ABORTED = -signal.SIGABRT  # by JAX, where the coordinator is lost
 _STARTING = 180.0  # seconds at most, on a busy machine
 
 

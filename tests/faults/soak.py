@@ -24,7 +24,7 @@ from absl import app, flags
 
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.errors import RESTART
-from tests.faults.cluster import Cluster, build_shim, running
+from tests.faults.cluster import ABORTED, Cluster, build_shim, running
 from tests.small_data import make_emojis
 
 _MINUTES = flags.DEFINE_float("minutes", 30.0, "Of the run with faults.")
@@ -98,8 +98,11 @@ class Faults:
         self._cluster.kill()
 
     def kill_one(self) -> None:
-        self._cluster.signal(self._victim(), signal.SIGKILL)
-        self._cluster.wait(90)
+        victim = self._victim()
+        self._cluster.signal(victim, signal.SIGKILL)
+        statuses = self._cluster.wait(90)
+        assert statuses[victim] == -signal.SIGKILL, statuses
+        assert set(statuses) <= {-signal.SIGKILL, RESTART, ABORTED}, statuses
 
     def kill_inside_a_save(self) -> None:
         self._cluster.until(self._cluster.is_saving, 60, "save")
@@ -114,25 +117,34 @@ class Faults:
         victim = self._victim()
         self._cluster.signal(victim, signal.SIGSTOP)
         others = [p for n, p in enumerate(self._cluster.processes) if n != victim]
-        for process in others:
-            process.wait(120)
+        statuses = {process.wait(120) for process in others}
+        assert statuses <= {RESTART, ABORTED}, statuses
         self._cluster.kill()
 
     def full_disk(self) -> None:
         self._cluster.until(self._cluster.is_saving, 60, "save")
         self._steer["full"].touch()
         try:
-            self._cluster.wait(200)
+            statuses = self._cluster.wait(200)
         finally:
             self._steer["full"].unlink()
+        assert set(statuses) == {RESTART}, statuses
 
     def slow_storage(self) -> None:
         self._steer["slow"].write_text("5000")
         time.sleep(15)
         self._steer["slow"].unlink()
+        statuses = [process.poll() for process in self._cluster.processes]
+        assert set(statuses) == {None}, statuses
 
     def clock(self) -> None:
+        """JAX's coordinator measures silence by this clock, and may abort all."""
         self._steer["clock"].write_text(str(self._choose.choice([-DAY, -60, 60, DAY])))
+        time.sleep(5)
+        statuses = {process.poll() for process in self._cluster.processes}
+        assert statuses <= {None, RESTART, ABORTED}, statuses
+        if statuses != {None}:
+            self._cluster.wait(60)
 
     def damaged_checkpoint(self) -> None:
         self._cluster.kill()

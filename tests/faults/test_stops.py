@@ -7,8 +7,8 @@ import time
 import pytest
 
 from lumina_jax.errors import RESTART
+from tests.faults.cluster import ABORTED
 
-ABORTED = -signal.SIGABRT  # by JAX, where process 0 is lost
 NUM_KILLS = 20
 
 
@@ -28,7 +28,7 @@ def test_a_termination_of_one_saves_all_at_the_same_step_and_asks_for_a_restart(
     (step,) = cluster.steps()
     for number in range(2):
         assert f"Stopped at step {step}, which is saved" in cluster.log(number)
-    assert seconds < 30
+    assert seconds < 60  # the first save compiles
 
 
 @pytest.mark.slow
@@ -90,8 +90,9 @@ def test_a_process_that_hangs_is_found_and_its_stack_written(cluster):
     cluster.start("--config.train.hang_timeout=20")
     assert cluster.wait(200) == [RESTART, RESTART]
     for number in range(2):
-        assert "The processes that came least far: " in cluster.log(number)
-        assert "1 ('waiting for data' of step" in cluster.log(number)
+        assert "The processes that came least far: 1 ('waiting for data' of step" in (
+            cluster.log(number)
+        )
     stacks = [path.read_text() for path in (cluster.workdir / "hangs").iterdir()]
     assert any("hanging_train.py" in text and "waiting for data" in text for text in stacks)
 
