@@ -1,11 +1,11 @@
 """Checksums of what a checkpoint holds, the same on every mesh.
 
 Of an array: each element's bits are mixed with its place, and the results are added. Sums of whole
-numbers do not depend on their order, so every device adds its own part where it lies. A single
-element that changed always changes the sum; several cancel with a chance of 2^-32.
+numbers do not depend on their order, so every device adds its own part where it lies, and the hosts
+add those. A single element that changed always changes the sum; several cancel with a chance of
+2^-32.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
 
@@ -75,40 +76,83 @@ def _checksums(
 
     All processes call it together.
     """
+    # Begun all before any is waited for: no device waits for another one.
+    parts = {path: _parts(x, tuple(types[path])) for path, x in arrays.items()}
+    sums = [_own(arrays[path], part) for path, part in parts.items()]
+    if sums and jax.process_count() > 1:
+        numbers = multihost_utils.process_allgather(np.concatenate(sums))
+        ends = np.cumsum([len(own) for own in sums])
+        sums = np.split(numbers.sum(axis=0, dtype=np.uint32), ends[:-1])
     found, strange = {}, []
-    for path, x in arrays.items():
-        # Most arrays are of a few shapes, so few programs are compiled. Each is waited for: many at
-        # once, which all devices must run together, can block emulated ones.
-        with _mesh_of(x):  # the same program, whatever mesh the caller has set
-            sums = np.asarray(_checksum(x, tuple(types[path])).addressable_data(0))
-        *numbers, num_strange = sums.tolist()
+    for path, total in zip(arrays, sums, strict=True):
+        *numbers, num_strange = total.tolist()
         found[path] = {t: f"{n:08x}" for t, n in zip(types[path], numbers, strict=True)}
         if num_strange:
             strange.append(path)
     return found, strange
 
 
-def _mesh_of(x: Array) -> contextlib.AbstractContextManager:
+def _own(x: Array, parts: Array) -> UInt32[np.ndarray, " n"]:
+    """The sum over this process's devices, of equal shards only one."""
+    first = {shard.device for shard in x.addressable_shards if shard.replica_id == 0}
+    total = np.zeros(parts.shape[1], np.uint32)
+    for part in parts.addressable_shards:
+        if part.device in first:
+            total += np.asarray(part.data)[0]
+    return total
+
+
+def _parts(x: Array, dtypes: tuple[str, ...]) -> UInt32[Array, "devices n"]:
+    """What each device has of the sums, a row each, where it lies."""
     if isinstance(x.sharding, jax.sharding.NamedSharding):
-        return jax.set_mesh(x.sharding.mesh)
-    return contextlib.nullcontext()
+        # The same program, whatever mesh the caller has set.
+        with jax.set_mesh(x.sharding.mesh):
+            return _sharded_parts(x, x.sharding, dtypes)
+    return _parts_of_one(x, dtypes)
 
 
-@functools.partial(jax.jit, static_argnames="dtypes")
-def _checksum(x: Array, dtypes: tuple[str, ...]) -> UInt32[Array, " n"]:
-    """Of an array in each of the types; the last number is how many elements are not finite."""
-    strides = [math.prod(x.shape[dim + 1 :]) % 2**32 for dim in range(x.ndim)]
-    iotas = [
-        jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * np.uint32(stride)
-        for dim, stride in enumerate(strides)
-    ]
-    place = _mixed(functools.reduce(jnp.add, iotas, jnp.ones((), jnp.uint32)))
-    sums, finite = [], jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.floating) else True
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _sharded_parts(x: Array, sharding: jax.sharding.NamedSharding, dtypes: tuple[str, ...]):
+    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+
+    def of_shard(shard):
+        places = [jax.lax.axis_index(axes) if axes else 0 for axes in spec]
+        return _sums(shard, places, x.shape, dtypes)[None]
+
+    every = jax.sharding.PartitionSpec(sharding.mesh.axis_names)
+    return jax.shard_map(
+        of_shard, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=every, check_vma=False
+    )(x)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _parts_of_one(x: Array, dtypes: tuple[str, ...]):
+    return _sums(x, [0] * x.ndim, x.shape, dtypes)[None]
+
+
+def _sums(
+    x: Array, places: Sequence, shape: tuple[int, ...], dtypes: tuple[str, ...]
+) -> UInt32[Array, " n"]:
+    """Of a shard in each of the types; the last number is how many elements are not finite.
+
+    Args:
+      x: The shard.
+      places: Which it is along each dim.
+      shape: Of the whole array.
+      dtypes: The types.
+    """
+    index = jnp.ones((), jnp.uint32)
+    for dim, size in enumerate(x.shape):
+        stride = np.uint32(math.prod(shape[dim + 1 :]) % 2**32)
+        first = jnp.uint32(places[dim]) * np.uint32(size)
+        index += (jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) + first) * stride
+    place, sums = _mixed(index), []
     for dtype in dtypes:
         y = x.astype(dtype)
         bits = jax.lax.bitcast_convert_type(y, f"uint{8 * y.dtype.itemsize}").astype(jnp.uint32)
         sums.append(jnp.sum(_mixed(bits ^ place), dtype=jnp.uint32))
-    return jnp.stack([*sums, jnp.sum(~jnp.asarray(finite), dtype=jnp.uint32)])
+    is_strange = ~jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.uint32(0)
+    return jnp.stack([*sums, jnp.sum(is_strange, dtype=jnp.uint32)])
 
 
 def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
