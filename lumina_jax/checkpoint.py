@@ -100,9 +100,10 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest step, as process 0 lists it; all processes ask together."""
+        manager = self._manager  # which all processes make together
 
         def find():
-            return [-1 if (step := self.newest_here()) is None else step]
+            return [-1 if (step := manager.latest_step()) is None else step]
 
         (step,) = distributed.told_by_first(find, 1)
         return None if step < 0 else step

@@ -15,6 +15,9 @@ from lumina_jax.errors import DamagedError, InputError, RestartError
 from lumina_jax.models.next_dit import NextDiTConfig, abstract_params, init_params
 from lumina_jax.train_step import TrainState, init_state
 
+# Orbax leaves coroutines behind when it cannot read a file, which may be found later.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 MODEL = NextDiTConfig(
     dim=64, num_layers=2, num_refiner_layers=1, num_heads=8, num_kv_heads=8, hidden_dim=64,
     axes_dims=(4, 2, 2), in_channels=3, patch_size=4, cap_feat_dim=8, dtype="float32",
@@ -253,8 +256,6 @@ def fault_of(workdir, state):
     return None
 
 
-# Orbax leaves coroutines behind when it cannot read a file.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["missing", "truncated", "empty", "flipped"])
 def test_any_damage_to_any_file_is_found_or_does_no_harm(small, tmp_path, how):
     """Each file of a checkpoint in turn: the state comes back to the last bit, or not at all."""

@@ -124,7 +124,10 @@ def test_a_finished_run_writes_its_autoencoder_again(resumed, config):
     [
         ({"train": {"batch_size": 12}}, "batch_size=12 does not split over 8.*nearest: 8 and 16"),
         ({"train": {"log_every": 0}}, "train.log_every=0 must be at least 1"),
-        ({"train": {"keep_checkpoint_every": -1}}, "must not be negative; 0 is never"),
+        (
+            {"train": {"keep_checkpoint_every": -1}},
+            "train.keep_checkpoint_every=-1 must be at least 0",
+        ),
         ({"preview": {"num_rows": 0}}, "preview.num_rows=0 must be at least 1"),
         ({"loss": {"kl_weight": -1.0}}, "loss.kl_weight=-1.0 must not be negative"),
         ({"data": {"directory": ""}}, "data.directory is empty"),

@@ -35,16 +35,19 @@ _OUTPUT = flags.DEFINE_string("output", None, "A file for the report, as JSON.")
 
 _EMOJIS = "🐶🐱🍎🍋🏠🌞😀🎈 🇩🇪🇫🇷🇯🇵🚂🚐👀🦇🐖 🍷🍾🌵🕯️🧍👗🚪🖊️"
 _BUCKETS = (Bucket(24, 40), Bucket(32, 32), Bucket(40, 24))
-_WARM = 15.0  # seconds after the first step, when caches have filled
 DAY = 24 * 3600
 
 
 class Memory:
-    """Samples the resident memory of a cluster's processes, second by second."""
+    """Samples the resident memory of a cluster's processes every second, once they are warm.
+
+    They are so after the first save of a start: until then programs are read and caches fill.
+    """
 
     def __init__(self, cluster: Cluster):
         self._cluster = cluster
         self._samples: dict[int, list[tuple[float, float]]] = collections.defaultdict(list)
+        self._starts, self._steps_before = 0, 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -53,8 +56,16 @@ class Memory:
         self._stop.set()
         self._thread.join()
 
+    def _is_warm(self) -> bool:
+        newest = max(self._cluster.steps(), default=0)
+        if self._starts != self._cluster.starts:
+            self._starts, self._steps_before = self._cluster.starts, newest
+        return newest > self._steps_before
+
     def _sample(self) -> None:
         while not self._stop.wait(1.0):
+            if not self._is_warm():
+                continue
             for process in list(self._cluster.processes):
                 try:
                     status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
@@ -63,23 +74,19 @@ class Memory:
                     continue
                 self._samples[process.pid].append((time.monotonic(), kilobytes / 1e3))
 
-    def forget_until_now(self) -> None:
-        """Of the living processes: they have only begun."""
-        for process in self._cluster.processes:
-            self._samples[process.pid].clear()
-
-    def slope(self) -> tuple[float, float]:
-        """MB a minute over all lives, each with a level of its own; and the most that one had."""
-        times, sizes = [], []
-        for samples in self._samples.values():
-            warm = [(t, mb) for t, mb in samples if t - samples[0][0] > _WARM] if samples else []
-            if len(warm) > 5:
-                t, mb = np.array(warm).T
-                times.append(t - t.mean())
-                sizes.append(mb - mb.mean())
-        t, mb = np.concatenate(times), np.concatenate(sizes)
-        most = max(mb for samples in self._samples.values() for _, mb in samples)
-        return 60 * float(t @ mb / (t @ t)), most
+    def report(self) -> dict:
+        """The slope in MB a minute over all lives, each with a level of its own, and how sure."""
+        lives = [np.array(samples).T for samples in self._samples.values() if len(samples) > 5]
+        if not lives:
+            return {"lives": 0}
+        t = np.concatenate([times - times.mean() for times, _ in lives])
+        mb = np.concatenate([sizes - sizes.mean() for _, sizes in lives])
+        return {
+            "lives": len(lives),
+            "longest_life_minutes": max(times[-1] - times[0] for times, _ in lives) / 60,
+            "mb_per_minute": 60 * float(t @ mb / (t @ t)),
+            "mb_most": max(float(sizes.max()) for _, sizes in lives),
+        }
 
 
 class Faults:
@@ -186,14 +193,10 @@ def soak(folder: pathlib.Path) -> dict:
     with running(calm):
         began = time.monotonic()
         calm_memory = Memory(calm)
-        calm.start(f"--config.train.num_steps={step}").trains(600)
-        calm_memory.forget_until_now()
-        calm.finish(timeout=3600)
+        calm.start(f"--config.train.num_steps={step}").finish(timeout=3600)
         calm_memory.close()
         calm_seconds = time.monotonic() - began
     losses, expected = cluster.losses(), calm.losses()
-    slope, most = memory.slope()
-    calm_slope, calm_most = calm_memory.slope()
     return {
         "minutes": seconds / 60,
         "processes": _PROCESSES.value,
@@ -205,11 +208,9 @@ def soak(folder: pathlib.Path) -> dict:
         "same_losses": {s: losses.get(s) for s in expected} == expected,
         "last_loss": losses[step][0],
         "goodput": cluster.lines()[-1]["goodput"],
-        "memory_mb_per_minute": slope,
-        "memory_mb_most": most,
+        "memory": memory.report(),
         "undisturbed_minutes": calm_seconds / 60,
-        "undisturbed_memory_mb_per_minute": calm_slope,
-        "undisturbed_memory_mb_most": calm_most,
+        "undisturbed_memory": calm_memory.report(),
     }
 
 
@@ -222,7 +223,6 @@ def _disturb(cluster: Cluster, steer) -> tuple[collections.Counter, Memory, floa
     while time.monotonic() - began < 60 * _MINUTES.value:
         if all(process.poll() is not None for process in cluster.processes):
             cluster.start().trains(600)
-            memory.forget_until_now()
         time.sleep(choose.uniform(low, high))
         if not waiting:  # each of them once, in another order every time
             waiting = choose.sample(Faults.NAMES, len(Faults.NAMES))

@@ -263,7 +263,7 @@ def test_settings_come_from_the_folder(ours):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_index.json": '{"_class_name": "FluxPipeline"}'}, "is a FluxPipeline; needed"),
+        ({"model_index.json": '{"_class_name": "FluxPipeline"}'}, "is a 'FluxPipeline'; needed"),
         (
             {"scheduler/scheduler_config.json": '{"_class_name": "DDIMScheduler"}'},
             "The scheduler of .* is DDIMScheduler",
