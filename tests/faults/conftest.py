@@ -46,7 +46,7 @@ def faulty(cluster, shim, tmp_path):
     steer = {name: tmp_path / name for name in ("slow", "full", "clock")}
     cluster.environment = {
         "LD_PRELOAD": str(shim),
-        "FAULT_PATH": str(cluster.workdir),
+        "FAULT_PATH": f"{cluster.workdir}/",  # and not the logs beside it
         "FAULT_SLOW": str(steer["slow"]),
         "FAULT_FULL": str(steer["full"]),
         "FAULT_CLOCK": str(steer["clock"]),

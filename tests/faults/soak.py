@@ -179,7 +179,7 @@ def soak(folder: pathlib.Path) -> dict:
     cluster = Cluster(
         folder / "faults", folder / "emojis", _PROCESSES.value, flags=flags_of_all,
         environment={
-            "LD_PRELOAD": str(build_shim(folder)), "FAULT_PATH": str(folder / "faults"),
+            "LD_PRELOAD": str(build_shim(folder)), "FAULT_PATH": f"{folder / 'faults'}/",
             **{f"FAULT_{name.upper()}": str(path) for name, path in steer.items()},
         },
     )  # fmt: skip
