@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from lumina_jax import digest, distributed
-from lumina_jax.errors import DamagedError, InputError, RestartError
+from lumina_jax.errors import DamagedError, InputError, RestartError, listed
 from lumina_jax.train_step import TrainState
 
 _DIRECTORY = "checkpoints"
@@ -132,8 +132,8 @@ class Checkpointer:
         checksums, strange = digest.make(state, data=data, meta=meta)
         if strange:
             raise InputError(
-                f"Step {step} is not saved: not all numbers are finite of {_listed(strange)}. The "
-                f"newest checkpoint is of step {self.newest_here()}, in {self.directory}. Lower "
+                f"Step {step} is not saved: not all numbers are finite of {listed(strange, 5)}. "
+                f"The newest checkpoint is of step {self.newest_here()}, in {self.directory}. Lower "
                 f"config.optim.learning_rate and run again."
             )
         self._best.note(step, validation_loss)
@@ -410,7 +410,7 @@ def _read(directory: epath.Path, target: dict) -> dict:
 
     restored, found = _sound(directory, read, together=True)
     if found is not None and (differing := digest.differing(restored, found)):
-        raise _damaged(directory, [f"arrays are not what was saved: {_listed(differing)}"])
+        raise _damaged(directory, [f"arrays are not what was saved: {listed(differing, 5)}"])
     return restored
 
 
@@ -457,11 +457,6 @@ def _damaged(directory: epath.Path, faults: Sequence[str]) -> DamagedError:
         f"one before with `python tools/checkpoints.py set_aside --workdir={workdir} "
         f"--step={step}`, or always with config.train.if_damaged=previous."
     )
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _first_line(error: BaseException) -> str:

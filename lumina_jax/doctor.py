@@ -32,7 +32,7 @@ from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.captions import CaptionPolicy
 from lumina_jax.data.loader import Dataset, Loader
 from lumina_jax.data.records import Manifest, Record, Records, Split
-from lumina_jax.errors import InputError
+from lumina_jax.errors import InputError, listed
 from lumina_jax.findings import (
     ERROR,
     WARNING,
@@ -496,7 +496,7 @@ def _occupancy(records_of: dict[Bucket, int], batch_size: int) -> Findings:
     if small:
         yield warning(
             f"{len(small)} of {len(ordered)} bucket(s) have fewer records than the batch of "
-            f"{batch_size}, so a batch of them holds some twice: {_listed(small)}. Fewer buckets "
+            f"{batch_size}, so a batch of them holds some twice: {listed(small, 6)}. Fewer buckets "
             f"(config.data.buckets) or a smaller batch mend it."
         )
 
@@ -720,7 +720,7 @@ def host_memory() -> tuple[int, int] | None:
 
 def check_processes(parts: Parts) -> Findings:
     """What only all together can tell: do they run the same program, and see one workdir?"""
-    yield ok(f"{jax.process_count()}, on {_listed(sorted(set(gather(socket.gethostname()))))}")
+    yield ok(f"{jax.process_count()}, on {listed(sorted(set(gather(socket.gethostname()))), 6)}")
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     told = gather(versions)
     differing = {n: [each[n] for each in told] for n in versions if len({e[n] for e in told}) > 1}
@@ -766,11 +766,6 @@ def _size(num_bytes: int) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _listed(names: list[str], most: int = 6) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 CHECKS = {

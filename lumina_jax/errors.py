@@ -5,6 +5,8 @@
 130  interrupted by a person
 """
 
+from collections.abc import Sequence
+
 RESTART = 75  # EX_TEMPFAIL of sysexits.h, which says the same to a scheduler
 INTERRUPTED = 130
 
@@ -31,3 +33,9 @@ class RestartError(InputError):
 
 class JoinError(RestartError):
     """The processes of a run did not find each other."""
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first names for a message, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -16,7 +16,7 @@ import time
 
 from absl import logging
 
-from lumina_jax.errors import InputError, JoinError
+from lumina_jax.errors import InputError, JoinError, listed
 
 _GRACE = 10.0  # seconds that process 0 may be late with its word
 _MAX_LINE = 4096  # bytes; who sends more is not one of us
@@ -173,19 +173,14 @@ def _missing(place: Place, joined: dict, timeout: float | None) -> str:
     absent = [place.name(n) for n in range(place.num_processes) if n not in there]
     present = [f"{process} ({host})" for process, host in sorted(there.items())]
     what = "are missing" if timeout is None else f"did not join within {timeout:g} s"
-    text = f"{len(absent)} of {place.num_processes} processes {what}: {_listed(absent)}; joined: "
-    text += f"{_listed(present)}."
+    text = f"{len(absent)} of {place.num_processes} processes {what}: "
+    text += f"{listed(absent, _MAX_NAMES)}; joined: {listed(present, _MAX_NAMES)}."
     if timeout is None:
         return text
     return text + (
         f" See what the missing ones say, whether they were started and reach {place.address}, and "
         f"start all again; --join_timeout waits longer."
     )
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _MAX_NAMES
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 # The others.
