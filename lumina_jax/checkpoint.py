@@ -133,8 +133,8 @@ class Checkpointer:
         if strange:
             raise InputError(
                 f"Step {step} is not saved: not all numbers are finite of {listed(strange, 5)}. "
-                f"The newest checkpoint is of step {self.newest_here()}, in {self.directory}. Lower "
-                f"config.optim.learning_rate and run again."
+                f"The newest checkpoint is of step {self.newest_here()}, in {self.directory}. "
+                f"Lower config.optim.learning_rate and run again."
             )
         self._best.note(step, validation_loss)
         with self._writes(step):
