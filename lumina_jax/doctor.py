@@ -487,11 +487,11 @@ def _occupancy(records_of: dict[Bucket, int], batch_size: int) -> Findings:
         return
     ordered = sorted(records_of.items(), key=lambda item: (item[1], item[0]))
     shown = ordered if len(ordered) <= 6 else [*ordered[:3], None, *ordered[-2:]]
-    listed = ", ".join(
+    filling = ", ".join(
         "..." if item is None else f"{item[0]} {item[1]:,} ({item[1] / batch_size:.1f})"
         for item in shown
     )
-    yield ok(f"records of a bucket (and the batches that they fill): {listed}")
+    yield ok(f"records of a bucket (and the batches that they fill): {filling}")
     small = [f"{bucket} ({count})" for bucket, count in ordered if count < batch_size]
     if small:
         yield warning(
