@@ -30,7 +30,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from lumina_jax import digest, distributed
+from lumina_jax import digest, distributed, files
 from lumina_jax.errors import DamagedError, InputError, RestartError, listed
 from lumina_jax.train_step import TrainState
 
@@ -74,7 +74,7 @@ class Checkpointer:
         keep_best: int = 0,
         if_damaged: str = "stop",
     ):
-        self.directory = epath.Path(workdir).absolute() / _DIRECTORY
+        self.directory = files.absolute(workdir) / _DIRECTORY
         self._if_damaged = if_damaged
         self._policies = [checkpoint_managers.LatestN(keep_latest)]
         if keep_every:
@@ -265,12 +265,12 @@ def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
     The newest of those that stay is then where the run goes on.
     """
     directory = find(workdir, step)
-    target = epath.Path(workdir).absolute() / _DAMAGED / str(step)
+    target = files.absolute(workdir) / _DAMAGED / str(step)
     number = itertools.count(2)
     while target.exists():
         target = target.with_name(f"{step}_{next(number)}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in os.fspath(directory):  # a bucket without folders can only copy and remove
+    if files.is_remote(directory):  # a bucket without folders can only copy and remove
         fs, source = fsspec.core.url_to_fs(os.fspath(directory))
         fs.mv(source, fsspec.core.url_to_fs(os.fspath(target))[1], recursive=True)
     else:
@@ -306,7 +306,7 @@ def is_run(path: epath.PathLike) -> bool:
 
 def find(path: epath.PathLike, step: int | None = None) -> epath.Path:
     """The directory of one checkpoint, given a run's workdir; the newest if no step is named."""
-    steps, directory = find_steps(path), epath.Path(path).absolute() / _DIRECTORY
+    steps, directory = find_steps(path), files.absolute(path) / _DIRECTORY
     if not steps:
         raise InputError(f"No checkpoint in {directory} yet. Let the run reach its first save.")
     if step is not None and step not in steps:
@@ -316,7 +316,7 @@ def find(path: epath.PathLike, step: int | None = None) -> epath.Path:
 
 def find_steps(path: epath.PathLike) -> list[int]:
     """The steps of the finished checkpoints in a run's workdir, ascending."""
-    root = epath.Path(path).absolute()
+    root = files.absolute(path)
     directory = root / _DIRECTORY
     if not directory.is_dir():
         raise InputError(

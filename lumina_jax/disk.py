@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from lumina_jax import files
+
 
 def checkpoint_bytes(abstract_state: Any) -> int:
     """Bytes of one checkpoint of a state, given as arrays or their shapes and types.
@@ -62,7 +64,7 @@ def free_bytes(path: epath.PathLike) -> int | None:
 
     It is what a user may fill; a quota is not seen.
     """
-    if "://" in os.fspath(path):
+    if files.is_remote(path):
         return None
     return shutil.disk_usage(existing(path)).free
 

@@ -67,8 +67,9 @@ def initialize(
         call_the_roll(place, join_timeout)
         jax.distributed.initialize(
             place.address, place.num_processes, place.process_id, place.local_device_ids,
-            # It aborts this process when another is lost; ours comes first, and says more.
-            heartbeat_timeout_seconds=round(2 * lost_timeout),
+            # It aborts this process when another is lost; ours comes first, and says more. A sign
+            # of life may be half of this time old when it is the last, and ours leaves slowly.
+            heartbeat_timeout_seconds=round(4 * lost_timeout),
         )  # fmt: skip
         _watch_over(place, lost_timeout)
     logging.info(

@@ -310,7 +310,7 @@ def _write_and_read(folder: epath.PathLike) -> epath.Path:
 
 def _probe(folder: epath.PathLike) -> epath.Path:
     """A new file in a folder; where that is not there yet, in the nearest one around it."""
-    remote = "://" in os.fspath(folder)
+    remote = files.is_remote(folder)
     return epath.Path(folder if remote else disk.existing(folder)) / f".dry_run.{uuid.uuid4().hex}"
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that a name never stands for half a file."""
+"""Paths on disks and in buckets; files written so that a name never stands for half of one."""
 
 import contextlib
 import io
@@ -15,6 +15,20 @@ from etils import epath
 from PIL import Image
 
 
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is in a bucket or another store, not on a disk of this machine."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path, whatever the current directory is; that of a bucket is one already.
+
+    epath's own `absolute()` takes `gs://bucket` for a folder of the current directory.
+    """
+    path = epath.Path(path)
+    return path if is_remote(path) else path.absolute()
+
+
 @contextlib.contextmanager
 def aside(path: epath.PathLike) -> Iterator[pathlib.Path]:
     """Yields a local path to write to; what is there then becomes the file, unless it raises.
@@ -23,7 +37,7 @@ def aside(path: epath.PathLike) -> Iterator[pathlib.Path]:
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remote = "://" in os.fspath(path)
+    remote = is_remote(path)
     with contextlib.ExitStack() as stack:
         if remote:
             folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))

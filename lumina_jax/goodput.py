@@ -9,7 +9,8 @@
     preview      sample pictures
     validation   validation loss
     repeated     steps computed once more, because they came after the newest checkpoint
-    down         from the last sign of life of one start to the beginning of the next
+    down         from the last sign of life of one start to the beginning of the next, as far as the
+                 clock tells
     other        the rest, such as writing a profile
 
 Each moment is of one class, so the classes add up to the time since the first start began. Goodput
@@ -167,7 +168,9 @@ class Account:
         while self._compiled and self._compiled[-1][0] >= start:
             inner += self._compiled.pop()[1]
         self._compiled.append((start, end - start))
-        self.move(end - start - inner, "compile")
+        self._switch(self._class)
+        # JAX measures by the clock on the wall, which may jump meanwhile.
+        self.move(min(max(end - start - inner, 0.0), self._seconds[self._class]), "compile")
 
 
 def read(path: epath.PathLike) -> list[Start]:
@@ -188,7 +191,7 @@ def totals(starts: list[Start]) -> dict[str, float]:
     """The seconds of each class, over all starts and what lies between them."""
     found = {name: sum(s.seconds.get(name, 0.0) for s in starts) for name in CLASSES}
     gaps = (after.began - before.ended for before, after in itertools.pairwise(starts))
-    found["down"] = sum(gaps)
+    found["down"] = sum(max(gap, 0.0) for gap in gaps)  # a clock may have been set back
     return found
 
 

@@ -138,7 +138,7 @@ class Lease:
     def _create(self) -> bool:
         """Takes a workdir that nobody holds; False where a file is there, or was a moment ago."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if "://" in os.fspath(self._path):  # not every store can create a file only if it is new
+        if files.is_remote(self._path):  # not every store can create a file only if it is new
             return False
         aside = pathlib.Path(f"{self._path}.{self._me.token}")
         aside.write_text(self._text())

@@ -25,6 +25,26 @@ EMOJIS = "🐶🐱🍎🍋🏠🌞😀🎈 🇩🇪🇫🇷🇯🇵🚂🚐👀�
 BUCKETS = (Bucket(24, 40), Bucket(32, 32), Bucket(40, 24))
 
 
+@pytest.fixture(scope="module")
+def bucket_server():
+    """The process that is the bucket."""
+    # It reads the variable when it is imported, which another test may have brought about.
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    from tests import bucket
+
+    with bucket.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def bucket(bucket_server):
+    """A bucket on loopback, empty at first."""
+    del bucket_server
+    return "gs://bucket"
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """24 emojis at 32 px in three buckets. Read it; copy it to change it."""

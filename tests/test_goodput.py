@@ -91,6 +91,25 @@ def test_starts_do_not_overlap_where_clocks_differ(clock, tmp_path):
     assert seconds(path) == {"step": 11}
 
 
+def test_a_clock_that_jumps_leaves_no_class_less_than_nothing(clock, monkeypatch, tmp_path):
+    path = tmp_path / goodput.FILE
+    with Account(path) as account:
+        account.begin_step(1)
+        clock(10)
+        for end in (-86400.0, 86400.0):  # while a program is compiled
+            account._on_span("/jax/core/compile/x", 0.0, end)
+        account.write(1)
+    monkeypatch.setattr(goodput.time, "time", lambda: -7 * 86400.0)
+    with Account(path) as account:
+        account.begin_step(2)
+        clock(1)
+        account.write(2)
+        shares = account.scalars()
+    assert seconds(path) == {"compile": 10, "step": 1}
+    assert all(0 <= share <= 1 for share in shares.values())
+    assert sum(shares.values()) == pytest.approx(1)
+
+
 def test_a_start_that_reaches_no_step_leaves_no_account(tmp_path):
     with Account(tmp_path / goodput.FILE):
         pass

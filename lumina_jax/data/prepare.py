@@ -110,7 +110,7 @@ def make_targets(
     Without `pixels_per_token` it is 16, as the full model has it, and 4 below 256 px, for a small
     one. Without `buckets` they are the official list of the resolution.
     """
-    if "://" in os.fspath(output) and not os.fspath(output).startswith("gs://"):
+    if files.is_remote(output) and not os.fspath(output).startswith("gs://"):
         raise InputError(
             f"Output {os.fspath(output)}: ArrayRecord does not read that store. Give a local "
             "directory or gs://, and copy the data set from there."

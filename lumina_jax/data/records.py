@@ -547,7 +547,7 @@ def check_complete(directory: epath.PathLike, splits: Iterable[Split]) -> None:
     sizes = files.sizes(directory)
     num_shards = sum(len(split.shards) for split in splits)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if "://" not in os.fspath(directory) and most < num_shards + 200:
+    if not files.is_remote(directory) and most < num_shards + 200:
         raise InputError(
             f"{directory} has {num_shards} shards, and this process may open {most} files. Raise "
             "the limit (ulimit -Hn), or prepare the data with a larger --shard_mb."

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -194,7 +193,7 @@ def sole_writer(folder: epath.PathLike) -> Iterator[None]:
     leftovers: there a file is put in one piece.
     """
     folder = epath.Path(folder)
-    if "://" in os.fspath(folder):
+    if files.is_remote(folder):
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from lumina_jax import untrusted
 from lumina_jax.errors import InputError
+from lumina_jax.files import is_remote
 from lumina_jax.models.next_dit import NextDiTConfig
 from lumina_jax.models.vae import MAX_LEVELS
 from lumina_jax.weights import files, next_dit
@@ -111,7 +112,7 @@ def save_folder(
       time_shift: Of the scheduler.
       sample_size: Side of a picture by default, in latents.
     """
-    if "://" in os.fspath(path):
+    if is_remote(path):
         raise InputError(f"{path} is not on a local disk. Write it to one, then copy the folder.")
     next_dit.check_new(path)
     path = pathlib.Path(path).absolute()

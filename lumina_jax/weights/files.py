@@ -185,7 +185,7 @@ def open_weights(path: str | os.PathLike) -> Weights:
 
 def local(path: str | os.PathLike) -> pathlib.Path:
     """`path` if there is a local file or folder; weights are not read from buckets."""
-    if "://" in os.fspath(path):
+    if files.is_remote(path):
         raise InputError(
             f"{path} is not on a local disk. Copy it there, mount the bucket, or convert it once "
             f"with tools/convert_checkpoint.py to a checkpoint, which may lie in a bucket."
@@ -330,7 +330,7 @@ class Entry(NamedTuple):
 def write_file(path: str | os.PathLike, entries: Iterable[Entry]) -> None:
     """One `.safetensors` or `.pth` file, written aside and renamed; one tensor in memory."""
     entries = list(entries)
-    if "://" in os.fspath(path):  # made here, then copied as a whole
+    if files.is_remote(path):  # made here, then copied as a whole
         with tempfile.TemporaryDirectory() as folder:
             made = pathlib.Path(folder) / epath.Path(path).name
             write_file(made, entries)

@@ -4,22 +4,10 @@ The bucket is an emulator on loopback. Three clients must agree on it: fsspec's,
 the one inside ArrayRecord.
 """
 
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-
-# Else gcsfs asks another service what kind of bucket it is, and the emulator has none. It looks at
-# this when it is imported.
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-pytest.importorskip("gcsfs")
-pytest.importorskip("gcp_storage_emulator")
-
-import fsspec
 from etils import epath
 
 from lumina_jax.data import prepare, records
@@ -31,33 +19,6 @@ from lumina_jax.data.sources import make_source
 from lumina_jax.errors import InputError
 from lumina_jax.lease import Lease
 from tests.small_data import ListSource, picture
-
-SERVER = """
-import sys, time
-from gcp_storage_emulator.server import create_server
-create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="bucket").start()
-print("ready", flush=True)
-time.sleep(600)
-"""
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", SERVER, str(port)]
-    silent = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **silent) as server, pytest.MonkeyPatch.context() as patch:
-        for name in ("STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT"):
-            patch.setenv(name, f"http://127.0.0.1:{port}")
-        patch.setenv("FSSPEC_GCS_TOKEN", "anon")
-        fsspec.config.set_conf_env(fsspec.config.conf)
-        assert server.stdout.readline() == b"ready\n"
-        yield "gs://bucket"
-        fsspec.filesystem("gcs").clear_instance_cache()
-        fsspec.config.conf.pop("gcs", None)
-        server.kill()
 
 
 def test_data_in_a_bucket_is_the_data_on_a_disk(bucket, tmp_path, tokenize):

@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from etils import epath
+
 from lumina_jax import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -25,22 +27,26 @@ class Cluster:
     """The processes of one training run, started again and again in one workdir.
 
     Attributes:
-      workdir: Of the run; logs lie beside it.
+      workdir: Of the run; logs lie beside it, or in `logs`.
       dataset: The data.
       num_processes: How many processes.
       num_devices: Over all of them.
       flags: Of every process.
       environment: Besides this one's.
       module: What is run, by python -m.
+      config: The file of the config.
+      logs: A local folder, where the workdir is in a bucket.
     """
 
-    workdir: pathlib.Path
+    workdir: epath.Path
     dataset: pathlib.Path
     num_processes: int = 2
     num_devices: int = 8
     flags: Sequence[str] = ()
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     module: str = "lumina_jax.train"
+    config: str = "tests/small_run.py"
+    logs: pathlib.Path | None = None
     starts: int = 0
     processes: list[subprocess.Popen] = dataclasses.field(default_factory=list)
 
@@ -64,7 +70,7 @@ class Cluster:
                 **self.environment,
             }
             command = [
-                sys.executable, "-m", self.module, "--config=tests/small_run.py",
+                sys.executable, "-m", self.module, f"--config={self.config}",
                 f"--workdir={self.workdir}", f"--config.data.directory={self.dataset}",
                 "--lost_timeout=20", *self.flags, *flags,
             ]  # fmt: skip
@@ -75,7 +81,8 @@ class Cluster:
         return self
 
     def log_path(self, number: int) -> pathlib.Path:
-        return self.workdir.with_name(f"{self.workdir.name}.{self.starts}.{number}.log")
+        logs = self.logs or self.workdir.parent
+        return logs / f"{self.workdir.name}.{self.starts}.{number}.log"
 
     def log(self, number: int = 0) -> str:
         """What a process of the newest start has said."""
@@ -114,6 +121,12 @@ class Cluster:
     def trains(self, timeout: float = _STARTING) -> "Cluster":
         """Waits for the first step of this start."""
         self.until(lambda: "The first step is done" in self.log(), timeout, "a first step")
+        return self
+
+    def trains_for(self, num_steps: int, timeout: float = 120.0) -> "Cluster":
+        """Waits for so many more steps."""
+        enough = len(self.lines()) + num_steps
+        self.until(lambda: len(self.lines()) >= enough, timeout, f"{num_steps} steps")
         return self
 
     def until(self, holds, timeout: float, what: str = "what was awaited") -> None:

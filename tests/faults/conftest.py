@@ -4,7 +4,7 @@ import pytest
 
 from tests.faults.cluster import Cluster, build_shim, running
 
-NUM_STEPS = 300
+NUM_STEPS = 160
 
 
 @pytest.fixture(scope="session")

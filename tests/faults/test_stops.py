@@ -51,12 +51,10 @@ def test_kills_at_random_moments_lose_nothing(cluster, undisturbed, victims):
     num_kills = NUM_KILLS - 4 if victims == "all" else 4
     inside, afterwards = 0, []
     for kill in range(num_kills):
-        cluster.start().trains()
+        cluster.start().trains().trains_for(choose.randrange(10))
         if kill % 2:
             cluster.until(cluster.is_saving, 60, "save")
-            time.sleep(choose.uniform(0, 0.1))
-        else:
-            time.sleep(choose.uniform(0, 3))
+        time.sleep(choose.uniform(0, 0.1 if kill % 2 else 1))
         inside += cluster.is_saving()
         if victims == "all":
             cluster.kill()

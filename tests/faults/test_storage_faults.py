@@ -14,8 +14,12 @@ DAY = 24 * 3600
 
 
 @pytest.mark.slow
-def test_a_full_disk_during_a_save_ends_the_run_and_loses_nothing(faulty, undisturbed):
+@pytest.mark.parametrize("whose", [None, 0, 1])
+def test_a_full_disk_during_a_save_ends_the_run_and_loses_nothing(faulty, undisturbed, whose):
+    """Of all processes, or of one alone, which the others must learn."""
     cluster, steer = faulty
+    if whose is not None:
+        cluster.environment["FAULT_PROCESS"] = str(whose)
     steer["slow"].write_text("2000")  # so that saves take long enough to be met
     cluster.start().trains()
     cluster.until(lambda: cluster.steps() and cluster.is_saving(), 120, "second save")
@@ -83,7 +87,7 @@ def test_a_damaged_checkpoint_stops_all_processes_or_is_passed_over(cluster, und
     largest.write_bytes(content)
     assert cluster.start("--config.train.num_steps=40").wait() == [2, 2]
     assert f"The checkpoint {state.parent} is damaged" in cluster.log(0) + cluster.log(1)
-    assert cluster.steps() == [10, 15, 20]
+    assert cluster.steps() == [15, 20]
 
     flags = ("--config.train.num_steps=40", "--config.train.if_damaged=previous")
     cluster.start(*flags).finish()
@@ -98,7 +102,8 @@ def test_a_damaged_record_is_replaced_by_the_same_one_everywhere(cluster, datase
     shutil.copytree(dataset, damaged)
     shard = max(damaged.glob("*.array_record-*"), key=lambda path: path.stat().st_size)
     content = bytearray(shard.read_bytes())
-    content[len(content) // 3] ^= 0xFF
+    used = [at for at, byte in enumerate(content) if byte]  # much of a small shard is padding
+    content[used[len(used) // 2]] ^= 0xFF
     shard.write_bytes(content)
     cluster.dataset = damaged
     cluster.start("--config.train.num_steps=12").finish()
