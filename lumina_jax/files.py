@@ -14,6 +14,11 @@ import fsspec
 from etils import epath
 from PIL import Image
 
+# Else fsspec, and epath with it, believes for ever in the first list of a folder of a bucket: what
+# other processes and TensorStore write there would not be seen.
+for _store in ("gcs", "s3", "az"):
+    fsspec.config.conf.setdefault(_store, {}).setdefault("use_listings_cache", False)
+
 
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path is in a bucket or another store, not on a disk of this machine."""
@@ -54,13 +59,8 @@ def aside(path: epath.PathLike) -> Iterator[pathlib.Path]:
 
 
 def sizes(folder: epath.PathLike) -> dict[str, int]:
-    """The bytes of each file in a folder, by one listing; none where there is no folder.
-
-    Paths of epath can list a folder too, but then they believe in that list for ever: a file that
-    another process writes to a bucket would not be seen.
-    """
+    """The bytes of each file in a folder, by one listing; none where there is no folder."""
     fs, root = fsspec.core.url_to_fs(os.fspath(folder))
-    fs.invalidate_cache()
     try:
         found = fs.ls(root, detail=True)
     except FileNotFoundError:  # a bucket has no empty folders

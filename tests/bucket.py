@@ -44,7 +44,7 @@ def running() -> Iterator[subprocess.Popen]:
             yield server
         finally:
             fsspec.filesystem("gcs").clear_instance_cache()
-            fsspec.config.conf.pop("gcs", None)
+            del fsspec.config.conf["gcs"]["token"]
             server.kill()
 
 

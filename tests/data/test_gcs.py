@@ -8,8 +8,10 @@ import pathlib
 
 import numpy as np
 import pytest
+import tensorstore
 from etils import epath
 
+from lumina_jax import files
 from lumina_jax.data import prepare, records
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.data.loader import Dataset, Loader
@@ -74,6 +76,23 @@ def test_a_shard_that_is_not_finished_is_not_in_the_bucket(bucket):
         write(b"x")
     assert list(records.read_shard(path, [0])) == [b"x"]
     assert not pathlib.Path("gs:").exists()
+
+
+def test_what_other_clients_write_is_seen(bucket):
+    folder = epath.Path(bucket) / "listed"
+    (folder / "a").write_bytes(b"1")
+    assert {path.name for path in folder.iterdir()} == set(files.sizes(folder)) == {"a"}
+    store = tensorstore.KvStore.open(f"{folder}/").result()
+    store.write("b", b"23").result()
+    assert {path.name for path in folder.iterdir()} == {"a", "b"}
+    assert files.sizes(folder) == {"a": 1, "b": 2}
+    assert (folder / "b").read_bytes() == b"23"
+    assert store.read("a").result().value == b"1"
+
+
+def test_a_path_in_a_bucket_is_no_folder_of_this_one(bucket):
+    assert str(files.absolute(f"{bucket}/run")) == "gs://bucket/run"
+    assert files.absolute("run") == epath.Path(pathlib.Path.cwd()) / "run"
 
 
 def test_a_workdir_in_a_bucket_is_held_by_one_run(bucket):

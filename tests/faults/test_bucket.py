@@ -57,7 +57,10 @@ def test_a_damaged_checkpoint_in_a_bucket_is_named_and_set_aside(remote, undistu
     tool("verify", where, "--step=10")
     with pytest.raises(subprocess.CalledProcessError):
         tool("verify", where, "--step=15")
-    tool("set_aside", where, "--step=15")
+    remote.start("--config.train.num_steps=20", "--config.train.if_damaged=previous").finish()
     assert (remote.workdir / "damaged" / "15" / "state").is_dir()
-    remote.start("--config.train.num_steps=20").finish()
+    assert remote.steps() == [15, 20]
+    tool("set_aside", where, "--step=15")
+    assert (remote.workdir / "damaged" / "15_2" / "state").is_dir()
+    assert remote.steps() == [20]
     assert_equals_undisturbed(remote, undisturbed, 20)
