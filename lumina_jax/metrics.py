@@ -10,16 +10,22 @@ docs/training.md has the whole list.
 """
 
 import collections
+import contextlib
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 from absl import logging
 from etils import epath
+from tensorboardX import record_writer, summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 
 from lumina_jax import files
 
@@ -174,7 +180,7 @@ class Writer:
             path.mkdir(parents=True, exist_ok=True)
             self._path = path / "metrics.jsonl"
             self._lines = self._path.read_text() if self._path.exists() else ""
-            self._board = tensorboardX.SummaryWriter(str(path / "tensorboard"))
+            self._board = _Board(str(path / "tensorboard"))
 
     def newest(self, name: str, step: int) -> float | None:
         """What was written of `step` under this name, on any process; None if nothing was."""
@@ -189,14 +195,63 @@ class Writer:
             # Whole, because a bucket knows no appending (a long run's lines are a few megabytes);
             # aside, because a run may be killed at any moment.
             files.write(self._path, self._lines)
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+            values = (Summary.Value(tag=k, simple_value=v) for k, v in scalars.items())
+            self._board.add(step, Summary(value=values))
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """An RGB picture, uint8 [H, W, 3]."""
         if self._active:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            self._board.add(step, summary.image(name, image, dataformats="HWC"))
 
     def close(self) -> None:
         if self._active:
             self._board.close()
+
+
+class _Board:
+    """What TensorBoard shows, written by the thread that calls.
+
+    tensorboardX's own SummaryWriter has a thread that a full disk ends, and whoever then fills its
+    queue waits for ever. Here a run does not even end for it: what could not be written is missing
+    in TensorBoard alone, since metrics.jsonl has the numbers and `previews` the pictures.
+
+    Args:
+      folder: Of the files.
+      flush_every: Seconds that what is written may wait in memory.
+      max_bytes: Of one file, which a bucket takes anew as a whole each time.
+    """
+
+    def __init__(self, folder: str, *, flush_every: float = 60.0, max_bytes: int = 2**23):
+        self._folder, self._flush_every, self._max_bytes = folder, flush_every, max_bytes
+        self._suffixes = (f".{number}" for number in itertools.count())
+        self._file: EventsWriter | None = None
+        self._size, self._flushed = 0, 0.0
+
+    def add(self, step: int, what: Summary) -> None:
+        with self._tolerating():
+            if self._file is None:
+                record_writer.directory_check(self._folder)
+                self._file = EventsWriter(f"{self._folder}/events", next(self._suffixes))
+                self._size = 0
+            event = Event(wall_time=time.time(), step=step, summary=what)
+            self._file.write_event(event)
+            self._size += event.ByteSize()
+            if self._size > self._max_bytes:
+                self.close()
+            elif time.monotonic() - self._flushed > self._flush_every:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with self._tolerating():
+            if self._file is not None:
+                self._file.close()
+            self._file = None
+
+    @contextlib.contextmanager
+    def _tolerating(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any store
+            logging.warning("%s lacks what could not be written: %s", self._folder, error)
+            self._file = None  # the next is whole again

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from tensorboardX import summary
 from tensorboardX.proto import event_pb2
 
 from lumina_jax import metrics
@@ -54,19 +55,49 @@ def test_lines_of_a_resumed_run_follow_those_before(tmp_path):
     assert lines == [{"step": 10, "loss": 0.333333}, {"step": 20, "loss": 0.333333}]
 
 
-def test_tensorboard_finds_scalars_and_pictures(tmp_path):
-    writer = metrics.Writer(str(tmp_path))
-    writer.scalars(5, {"loss": 0.5})
-    writer.image(5, "preview", np.zeros((4, 6, 3), np.uint8))
-    writer.close()
-    (path,) = (tmp_path / "tensorboard").glob("events.*")
+def tags_of(path):
+    """The newest step of each name in a file of events."""
     content, tags, start = path.read_bytes(), {}, 0
     while start < len(content):  # length, its checksum, an event, its checksum
         length = int.from_bytes(content[start : start + 8], "little")
         event = event_pb2.Event.FromString(content[start + 12 : start + 12 + length])
         tags |= {value.tag: event.step for value in event.summary.value}
         start += 12 + length + 4
-    assert tags == {"loss": 5, "preview": 5}
+    return tags
+
+
+def test_tensorboard_finds_scalars_and_pictures(tmp_path):
+    writer = metrics.Writer(str(tmp_path))
+    writer.scalars(5, {"loss": 0.5})
+    writer.image(5, "preview", np.zeros((4, 6, 3), np.uint8))
+    writer.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert tags_of(path) == {"loss": 5, "preview": 5}
+
+
+def test_tensorboard_that_cannot_be_written_ends_nothing_and_goes_on(tmp_path, caplog):
+    folder = tmp_path / "tensorboard"
+    folder.write_text("no folder")
+    writer = metrics.Writer(str(tmp_path))
+    for step in range(1, 100):  # more than a queue holds
+        writer.scalars(step, {"loss": 0.5})
+    assert "lacks what could not be written" in caplog.text
+    folder.unlink()
+    writer.scalars(100, {"loss": 0.5})
+    writer.close()
+    (path,) = folder.iterdir()
+    assert tags_of(path) == {"loss": 100}
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
+
+
+def test_a_file_of_tensorboard_does_not_grow_for_ever(tmp_path):
+    board = metrics._Board(str(tmp_path), max_bytes=10_000)
+    noise = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    for step in range(10):
+        board.add(step, summary.image("preview", noise, dataformats="HWC"))
+    board.close()
+    paths = sorted(tmp_path.iterdir())
+    assert [tags_of(path) for path in paths] == [{"preview": 3}, {"preview": 7}, {"preview": 9}]
 
 
 def test_an_unknown_device_has_its_peak_measured():
