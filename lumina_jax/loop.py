@@ -415,7 +415,7 @@ class Report:
         self._saving_since = None
         if jax.process_index() == 0:
             with self._spending("save"):
-                self.meter.set("checkpoint_bytes", saved.num_bytes())
+                self.meter.set("checkpoint_bytes", float(saved.num_bytes()))
 
     def _add_step_time(self, step: int, finished: float, interruptions: float) -> None:
         """From one step's end to the next one's, where nothing else came between."""
