@@ -29,7 +29,7 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-## Kills, full disks, damaged files and the like, in real runs: a quarter of an hour on two cores.
+## Kills, full disks, damaged files and the like, in real runs: about forty minutes on two cores.
 faults: $(VENV)/.dev
 	$(RUN) -m pytest tests/faults tests/test_checkpoint.py tests/test_lease.py tests/test_peers.py \
 	    tests/test_watchdog.py tests/test_distributed.py tests/data/test_storage.py $(PYTEST_ARGS)

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ FORMAT = 2  # since when there is a digest
 _STORAGE = "storage: "  # begins a fault that is none of the checkpoint
 _PASSING = (
     "UNAVAILABLE|PERMISSION_DENIED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|ABORTED"
-    "|Too many open files|Permission denied|Input/output error|timed out|onnection (reset|refused)"
+    "|Too many open files|Permission denied|Forbidden|Input/output error|timed out"
+    "|onnection (reset|refused)"
 )
 
 
@@ -82,12 +84,12 @@ class Checkpointer:
         self._best = _Best(self.directory, keep_best)
         self._policies.append(self._best)
         self._writing: int | None = None  # the step that is on its way to the disk
-        self._has_failed = False
+        self._failure: BaseException | None = None  # of this process's part of it
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         self.directory.mkdir(parents=True, exist_ok=True)
-        return ocp.CheckpointManager(
+        manager = ocp.CheckpointManager(
             self.directory,
             item_names=_ITEMS,
             options=ocp.CheckpointManagerOptions(
@@ -97,6 +99,25 @@ class Checkpointer:
                 async_options=ocp.options.AsyncOptions(timeout_secs=24 * 3600),
             ),
         )
+        self._listen(manager._checkpointer)
+        return manager
+
+    def _listen(self, checkpointer: ocp.AsyncCheckpointer) -> None:
+        """Has `_failure` known as soon as this process cannot write its part.
+
+        Orbax says it to a thread that then waits for all processes, and they wait for this one: the
+        loop would hear of it after a time-out only.
+        """
+        wait = checkpointer.wait_until_finished
+
+        def wait_and_note():
+            try:
+                wait()
+            except Exception as error:
+                self._failure = error
+                raise
+
+        checkpointer.wait_until_finished = wait_and_note
 
     def latest_step(self) -> int | None:
         """The newest step, as process 0 lists it; all processes ask together."""
@@ -137,7 +158,8 @@ class Checkpointer:
                 f"Lower config.optim.learning_rate and run again."
             )
         self._best.note(step, validation_loss)
-        with self._writes(step):
+        self._writing = step
+        with self._writes():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -148,7 +170,6 @@ class Checkpointer:
                 ),
                 force=True,
             )
-        self._writing = step
 
     def restore(
         self, abstract_state: TrainState, shardings: TrainState, meta: dict
@@ -185,10 +206,12 @@ class Checkpointer:
         self._manager.reload()
 
     def is_writing(self) -> bool:
-        """Whether the last save is still on its way to the disk; raises if it cannot be written."""
-        if self._writing is not None:
-            with self._writes(self._writing):
-                self._manager.check_for_errors()
+        """Whether the last save is still on its way to the disk; raises if it cannot be written.
+
+        Where one process's part cannot, it is that one which raises.
+        """
+        if self._failure is not None:
+            raise self._not_written()
         return self._manager.is_saving_in_progress()
 
     def num_bytes(self) -> int:
@@ -197,29 +220,43 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits for the last save to be on disk; raises a RestartError if it cannot be written."""
-        if self._writing is not None and not self._has_failed:
-            with self._writes(self._writing):
+        if self._writing is not None:
+            while self.is_writing():
+                time.sleep(0.02)
+            with self._writes():
                 self._manager.wait_until_finished()
             self._writing = None
 
     def close(self) -> None:
-        """Waits for the last save to be on disk."""
+        """Waits for the last save to be on disk; raises a RestartError if it cannot be written."""
         self.wait()
-        # Where a save has failed, threads of Orbax wait for processes that wait for this one.
-        if "_manager" in self.__dict__ and not self._has_failed:
+        if "_manager" in self.__dict__:
             self._manager.close()
 
     @contextlib.contextmanager
-    def _writes(self, step: int) -> Iterator[None]:
+    def _writes(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # TensorStore says "no space left" as a ValueError
-            self._has_failed = True
-            raise RestartError(
-                f"The checkpoint of step {step} could not be written: {_first_line(error)} The "
-                f"newest whole one in {self.directory} is {_newest(self.directory)}. Mend the "
-                f"storage, or make room; the same command goes on from there."
-            ) from error
+        except BaseException as error:
+            # Whoever waits for the save must not: nobody else may be there to end it.
+            self._failure = self._failure or error
+            if isinstance(error, Exception):
+                raise self._not_written() from None
+            raise
+
+    def _not_written(self) -> BaseException:
+        """The failure as a RestartError, if it is one of the storage."""
+        failure = self._failure
+        # TensorStore says "no space left" as a ValueError.
+        if not (files.is_of_storage(failure) or isinstance(failure, ValueError)):
+            return failure
+        told = RestartError(
+            f"The checkpoint of step {self._writing} could not be written: {_first_line(failure)} "
+            f"The newest whole one in {self.directory} is {_newest(self.directory)}. Mend the "
+            f"storage, or make room; the same command goes on from there."
+        )
+        told.__cause__ = failure
+        return told
 
 
 class _Best(checkpoint_managers.PreservationPolicy):
@@ -445,7 +482,9 @@ def _is_of_storage(error: Exception) -> bool:
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    return any(isinstance(e, kinds) or re.search(_PASSING, str(e)) for e in chain)
+    return any(
+        isinstance(e, kinds) or files.is_of_store(e) or re.search(_PASSING, str(e)) for e in chain
+    )
 
 
 def _damaged(directory: epath.Path, faults: Sequence[str]) -> DamagedError:
@@ -467,7 +506,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _newest(directory: epath.Path) -> str:
-    steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    try:
+        steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    except Exception:  # the storage has just failed
+        return "not known"
     return f"of step {steps[-1]}" if steps else "none"
 
 

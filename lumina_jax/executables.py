@@ -213,7 +213,9 @@ def _read(path: epath.Path, key: str) -> export.Exported | None:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except OSError as error:
+    except Exception as error:
+        if not files.is_of_storage(error):
+            raise
         logging.warning("%s cannot be read and is traced again: %s", path, error)
         return None
     head, data = content[: len(_header(key, b""))], content[len(_header(key, b"")) :]
@@ -228,7 +230,9 @@ def _read(path: epath.Path, key: str) -> export.Exported | None:
 def _write(path: epath.Path, key: str, data: bytes) -> None:
     try:
         files.write(path, _header(key, data) + data)
-    except OSError as error:
+    except Exception as error:
+        if not files.is_of_storage(error):
+            raise
         logging.warning("%s cannot be written; the next start traces again: %s", path, error)
 
 

@@ -14,6 +14,8 @@ import fsspec
 from etils import epath
 from PIL import Image
 
+_CLIENTS = ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3")
+
 # Else fsspec, and epath with it, believes for ever in the first list of a folder of a bucket: what
 # other processes and TensorStore write there would not be seen.
 for _store in ("gcs", "s3", "az"):
@@ -34,6 +36,24 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if is_remote(path) else path.absolute()
 
 
+def is_of_storage(error: BaseException) -> bool:
+    """Whether an error comes of a disk or a store, whose clients have errors of their own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, OSError) or is_of_store(error)
+
+
+def is_of_store(error: BaseException) -> bool:
+    """Whether an error is one of a store's client, which says nothing of the file itself."""
+    return type(error).__module__.split(".")[0] in _CLIENTS
+
+
+def put(local: pathlib.Path, path: epath.PathLike) -> None:
+    """Copies a file to a bucket, where it is seen whole or not at all."""
+    fs, name = fsspec.core.url_to_fs(os.fspath(path))
+    fs.put_file(str(local), name)
+
+
 @contextlib.contextmanager
 def aside(path: epath.PathLike) -> Iterator[pathlib.Path]:
     """Yields a local path to write to; what is there then becomes the file, unless it raises.
@@ -52,8 +72,7 @@ def aside(path: epath.PathLike) -> Iterator[pathlib.Path]:
         stack.callback(local.unlink, missing_ok=True)
         yield local
         if remote:
-            fs, name = fsspec.core.url_to_fs(os.fspath(path))
-            fs.put_file(str(local), name)
+            put(local, path)
         else:
             local.replace(path)
 

@@ -21,7 +21,6 @@ is `down`.
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import threading
@@ -29,6 +28,7 @@ import time
 from collections.abc import Iterator
 
 import jax
+from absl import logging
 from etils import epath
 
 from lumina_jax import files
@@ -95,10 +95,16 @@ class Account:
         jax.monitoring.register_event_time_span_listener(self._on_span)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         jax.monitoring.unregister_event_time_span_listener(self._on_span)
-        if self._last_step:
+        if not self._last_step:
+            return
+        try:
             self.write(self._last_step)
+        except Exception as error:
+            if kind is None:
+                raise
+            logging.warning("%s cannot be written: %s", self._path, error)  # what ended it matters
 
     def begin_step(self, step: int) -> None:
         """From here on time is that of `step`, the first being 1, unless it is spent otherwise."""
@@ -190,8 +196,11 @@ def read(path: epath.PathLike) -> list[Start]:
 def totals(starts: list[Start]) -> dict[str, float]:
     """The seconds of each class, over all starts and what lies between them."""
     found = {name: sum(s.seconds.get(name, 0.0) for s in starts) for name in CLASSES}
-    gaps = (after.began - before.ended for before, after in itertools.pairwise(starts))
-    found["down"] = sum(max(gap, 0.0) for gap in gaps)  # a clock may have been set back
+    found["down"] = 0.0
+    latest = starts[0].ended if starts else 0.0
+    for start in starts[1:]:  # the clock may have been set back for one of them
+        found["down"] += max(start.began - latest, 0.0)
+        latest = max(latest, start.ended)
     return found
 
 

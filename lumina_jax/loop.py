@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from lumina_jax import checkpoint, disk, distributed, executables, goodput, metrics
+from lumina_jax import checkpoint, disk, distributed, executables, files, goodput, metrics
 from lumina_jax.checkpoint import Checkpointer
 from lumina_jax.data.loader import Loader
 from lumina_jax.errors import INTERRUPTED, RESTART, InputError, RestartError
@@ -131,8 +131,12 @@ def run(trainer: Trainer, *, began: float | None = None) -> TrainState:
         raise InputError(
             f"{trainer.workdir} cannot be written to ({error}). Give another --workdir."
         ) from error
-    except OSError as error:  # what the run writes besides checkpoints
-        raise RestartError(
+    except InputError:
+        raise
+    except Exception as error:
+        if not files.is_of_storage(error):
+            raise
+        raise RestartError(  # what the run writes besides checkpoints
             f"The storage failed: {error}. Mend it, or make room; the same command goes on from "
             f"the newest checkpoint in {trainer.workdir}."
         ) from error
@@ -217,12 +221,13 @@ def _closing(checkpointer: Checkpointer, account: goodput.Account) -> Iterator[N
     """On whatever way out, a save that is under way reaches the disk."""
     try:
         yield
-    except BaseException:
+    except BaseException as ending:
         try:
             with account.spending("save"):
                 checkpointer.close()
-        except RestartError as error:  # why the run ended is said by what ended it
-            logging.error("%s", error)
+        except Exception as error:  # why the run ended is said by what ended it
+            if str(error) != str(ending):
+                logging.error("%s", error)
         raise
     with account.spending("save"):
         checkpointer.close()

@@ -13,6 +13,9 @@ import collections
 import contextlib
 import itertools
 import json
+import math
+import pathlib
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from tensorboardX import record_writer, summary
+from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
@@ -217,7 +220,7 @@ class _Board:
 
     Args:
       folder: Of the files.
-      flush_every: Seconds that what is written may wait in memory.
+      flush_every: Seconds that what is written may wait in memory, and between two tries.
       max_bytes: Of one file, which a bucket takes anew as a whole each time.
     """
 
@@ -225,28 +228,45 @@ class _Board:
         self._folder, self._flush_every, self._max_bytes = folder, flush_every, max_bytes
         self._suffixes = (f".{number}" for number in itertools.count())
         self._file: EventsWriter | None = None
-        self._size, self._flushed = 0, 0.0
+        self._size, self._flushed, self._failed = 0, -math.inf, -math.inf
+        self._local: tempfile.TemporaryDirectory | None = None  # of what goes to a bucket
 
     def add(self, step: int, what: Summary) -> None:
         with self._tolerating():
             if self._file is None:
-                record_writer.directory_check(self._folder)
-                self._file = EventsWriter(f"{self._folder}/events", next(self._suffixes))
-                self._size = 0
+                if time.monotonic() - self._failed < self._flush_every:
+                    return
+                self._open()
             event = Event(wall_time=time.time(), step=step, summary=what)
             self._file.write_event(event)
             self._size += event.ByteSize()
             if self._size > self._max_bytes:
                 self.close()
             elif time.monotonic() - self._flushed > self._flush_every:
-                self._file.flush()
-                self._flushed = time.monotonic()
+                self._flush()
 
     def close(self) -> None:
         with self._tolerating():
             if self._file is not None:
+                self._flush()
                 self._file.close()
             self._file = None
+
+    def _open(self) -> None:
+        folder, self._size = self._folder, 0
+        if files.is_remote(folder):
+            self._local = tempfile.TemporaryDirectory()
+            folder = self._local.name
+        else:
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(f"{folder}/events", next(self._suffixes))
+
+    def _flush(self) -> None:
+        self._file.flush()
+        if self._local is not None:
+            (path,) = pathlib.Path(self._local.name).iterdir()
+            files.put(path, f"{self._folder}/{path.name}")
+        self._flushed = time.monotonic()
 
     @contextlib.contextmanager
     def _tolerating(self) -> Iterator[None]:
@@ -254,4 +274,4 @@ class _Board:
             yield
         except Exception as error:  # of any store
             logging.warning("%s lacks what could not be written: %s", self._folder, error)
-            self._file = None  # the next is whole again
+            self._file, self._failed = None, time.monotonic()

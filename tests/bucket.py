@@ -39,8 +39,8 @@ def running() -> Iterator[subprocess.Popen]:
         # Else gcsfs asks another service what kind of bucket it is, and here is none.
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         fsspec.config.set_conf_env(fsspec.config.conf)
-        assert server.stdout.readline() == b"ready\n"
         try:
+            assert server.stdout.readline() == b"ready\n"
             yield server
         finally:
             fsspec.filesystem("gcs").clear_instance_cache()

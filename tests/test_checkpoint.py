@@ -372,6 +372,43 @@ def test_storage_that_fails_is_no_damage(small, monkeypatch):
     assert checkpoint.find_steps(path) == [7]
 
 
+def test_a_bucket_that_does_not_answer_is_no_damage(small, monkeypatch):
+    retry = pytest.importorskip("gcsfs.retry")
+    path, state = small
+
+    def fail(*_, **__):
+        raise retry.HttpError({"code": 503, "message": "Service Unavailable, 503"})
+
+    monkeypatch.setattr(checkpoint, "_parse", fail)
+    checkpointer = make_checkpointer(path, if_damaged="previous")
+    with pytest.raises(RestartError, match="could not be read: storage: Service Unavailable"):
+        restore(checkpointer, state)
+    checkpointer.close()
+    assert checkpoint.find_steps(path) == [7]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (RuntimeError("out of memory"), RuntimeError),
+        (OSError("No space left on device"), RestartError),
+    ],
+)
+def test_nobody_waits_for_a_save_that_did_not_begin(error, raised, small, tmp_path, monkeypatch):
+    _, state = small
+    checkpointer = make_checkpointer(tmp_path)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "async_save", fail)
+    for attempt in (lambda: checkpointer.save(state, 9, META), checkpointer.close):
+        with pytest.raises(raised):
+            attempt()
+    assert checkpoint.find_steps(tmp_path) == []
+
+
 def test_a_state_that_is_not_finite_is_not_saved(small, tmp_path):
     _, state = small
     checkpointer = make_checkpointer(tmp_path)

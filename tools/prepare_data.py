@@ -121,7 +121,8 @@ def main(kind: str) -> None:
 def _check_apart() -> None:
     """What is written must not be read as pictures, nor what is read be removed."""
     if not _INPUT.value or "://" in _INPUT.value + _OUTPUT.value:
-        apart = not _INPUT.value or _OUTPUT.value.rstrip("/") != _INPUT.value.rstrip("/")
+        folder = f"{(_INPUT.value or '').rstrip('/')}/"
+        apart = not _INPUT.value or not f"{_OUTPUT.value}/".startswith(folder)
     else:
         folder, output = (pathlib.Path(path).resolve() for path in (_INPUT.value, _OUTPUT.value))
         apart = folder != output and folder not in output.parents

@@ -334,7 +334,7 @@ def write_file(path: str | os.PathLike, entries: Iterable[Entry]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             made = pathlib.Path(folder) / epath.Path(path).name
             write_file(made, entries)
-            epath.Path(made).copy(path, overwrite=True)
+            files.put(made, path)
         return
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

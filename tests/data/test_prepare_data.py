@@ -206,6 +206,9 @@ def test_what_is_read_and_what_is_written_are_kept_apart(photos, tmp_path):
         assert done.returncode == 2
         assert "lies in --input=" in done.stderr
     assert sorted(photos.iterdir()) == before
+    done = prepare_data("folder", "--input=gs://bucket/p", "--output=gs://bucket/p/d/")
+    assert done.returncode == 2
+    assert "lies in --input=" in done.stderr
 
 
 def test_help_shows_an_example():

@@ -163,10 +163,9 @@ class Cluster:
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is there that is not whole yet."""
-        whole = {str(step) for step in self.steps()}
         directory = self.workdir / "checkpoints"
         names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-        return bool(names - whole)
+        return bool(names - {str(step) for step in self.steps()})
 
 
 def free_port() -> int:

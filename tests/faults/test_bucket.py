@@ -31,6 +31,7 @@ def test_stops_in_a_bucket_lose_nothing(remote, bucket_server, undisturbed):
     remote.start().trains()
     remote.until(remote.is_saving, 120, "save")
     remote.kill()
+    assert remote.is_saving()
     remote.start().trains()
     bucket_server.send_signal(signal.SIGSTOP)
     time.sleep(10)
@@ -38,6 +39,8 @@ def test_stops_in_a_bucket_lose_nothing(remote, bucket_server, undisturbed):
     remote.signal(1, signal.SIGTERM)
     assert remote.wait(120) == [RESTART, RESTART]
     remote.start("--config.train.num_steps=20").finish()
+    assert any((remote.workdir / "tensorboard").iterdir())
+    assert "lacks what could not be written" not in remote.log()
     assert_equals_undisturbed(remote, undisturbed, 20)
 
 
@@ -53,7 +56,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_named_and_set_aside(remote, undistu
     assert f"The checkpoint {remote.workdir}/checkpoints/15 is damaged" in remote.log()
 
     where = f"--workdir={remote.workdir}"
-    assert "15" in tool("list", where)
+    assert [line.split()[0] for line in tool("list", where).splitlines()[1:]] == ["10", "15"]
     tool("verify", where, "--step=10")
     with pytest.raises(subprocess.CalledProcessError):
         tool("verify", where, "--step=15")
