@@ -36,8 +36,6 @@ def running() -> Iterator[subprocess.Popen]:
         ):  # fmt: skip
             patch.setenv(name, f"http://127.0.0.1:{port}")
         patch.setenv("FSSPEC_GCS_TOKEN", "anon")
-        # Else gcsfs asks another service what kind of bucket it is, and here is none.
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         fsspec.config.set_conf_env(fsspec.config.conf)
         try:
             assert server.stdout.readline() == b"ready\n"

@@ -7,6 +7,9 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile more than they compute, and without optimisation compiling takes half the time.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# gcsfs looks at this when it is imported; else it asks another service what kind of bucket it is,
+# and an emulator has none.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import jax
 import pytest
@@ -28,8 +31,6 @@ BUCKETS = (Bucket(24, 40), Bucket(32, 32), Bucket(40, 24))
 @pytest.fixture(scope="module")
 def bucket_server():
     """The process that is the bucket."""
-    # It reads the variable when it is imported, which another test may have brought about.
-    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
     pytest.importorskip("gcsfs")
     pytest.importorskip("gcp_storage_emulator")
     from tests import bucket
