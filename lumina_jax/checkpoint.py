@@ -32,7 +32,15 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from lumina_jax import digest, distributed, files
-from lumina_jax.errors import DamagedError, InputError, RestartError, listed
+from lumina_jax.errors import (
+    DamagedError,
+    InputError,
+    RestartError,
+    causes,
+    is_of_storage,
+    is_of_store,
+    listed,
+)
 from lumina_jax.train_step import TrainState
 
 _DIRECTORY = "checkpoints"
@@ -248,7 +256,7 @@ class Checkpointer:
         """The failure as a RestartError, if it is one of the storage."""
         failure = self._failure
         # TensorStore says "no space left" as a ValueError.
-        if not (files.is_of_storage(failure) or isinstance(failure, ValueError)):
+        if not (is_of_storage(failure) or isinstance(failure, ValueError)):
             return failure
         told = RestartError(
             f"The checkpoint of step {self._writing} could not be written: {_first_line(failure)} "
@@ -463,7 +471,7 @@ def _sound(directory: epath.Path, read: Callable[[], Any], *, together: bool = F
     except jax.errors.JaxRuntimeError:  # of the devices, such as too little memory
         raise
     except Exception as error:  # Orbax raises what it likes
-        fault = f"{_STORAGE if _is_of_storage(error) else ''}{_first_line(error)}"
+        fault = f"{_STORAGE if _may_pass(error) else ''}{_first_line(error)}"
     faults = distributed.faults(fault or "") if together else {0: fault} if fault else {}
     if not faults:
         return found
@@ -476,14 +484,11 @@ def _sound(directory: epath.Path, read: Callable[[], Any], *, together: bool = F
     raise _damaged(directory, said)
 
 
-def _is_of_storage(error: Exception) -> bool:
+def _may_pass(error: Exception) -> bool:
     """Whether an error says nothing of the file: it may be whole, but cannot be had now."""
     kinds = (PermissionError, TimeoutError, ConnectionError, MemoryError)
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
     return any(
-        isinstance(e, kinds) or files.is_of_store(e) or re.search(_PASSING, str(e)) for e in chain
+        isinstance(e, kinds) or is_of_store(e) or re.search(_PASSING, str(e)) for e in causes(error)
     )
 
 
@@ -500,9 +505,8 @@ def _damaged(directory: epath.Path, faults: Sequence[str]) -> DamagedError:
 
 def _first_line(error: BaseException) -> str:
     """What the first of a chain of errors says, such as TensorStore of a file."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip().split("\n")[0][:600] or type(error).__name__
+    *_, first = causes(error)
+    return str(first).strip().split("\n")[0][:600] or type(first).__name__
 
 
 def _newest(directory: epath.Path) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 RESTART = 75  # EX_TEMPFAIL of sysexits.h, which says the same to a scheduler
 INTERRUPTED = 130
+_CLIENTS = ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3")
 
 
 class InputError(ValueError):
@@ -33,6 +34,25 @@ class RestartError(InputError):
 
 class JoinError(RestartError):
     """The processes of a run did not find each other."""
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from, the first cause last."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    return chain
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Whether an error comes of a disk or a store, whose clients have errors of their own."""
+    *_, first = causes(error)
+    return isinstance(first, OSError) or is_of_store(first)
+
+
+def is_of_store(error: BaseException) -> bool:
+    """Whether an error is one of a store's client, which says nothing of the file itself."""
+    return type(error).__module__.split(".")[0] in _CLIENTS
 
 
 def listed(names: Sequence[str], most: int) -> str:

@@ -24,6 +24,7 @@ from etils import epath
 from jax import export
 
 from lumina_jax import files
+from lumina_jax.errors import is_of_storage
 
 _MAGIC = b"lumina_jax program 1"
 # What traces, and what a program is written for.
@@ -61,7 +62,7 @@ def use_cache(directory: str, *, default: str | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # Traces are read by the version that wrote them, so they need not be written for older ones.
     jax.config.update("jax_export_ignore_forward_compatibility", True)
-    if "://" in (jax.config.jax_compilation_cache_dir or ""):
+    if files.is_remote(jax.config.jax_compilation_cache_dir or ""):
         # XLA's own cache, of tuned GPU kernels, is for local folders.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     _count()
@@ -214,7 +215,7 @@ def _read(path: epath.Path, key: str) -> export.Exported | None:
     except FileNotFoundError:
         return None
     except Exception as error:
-        if not files.is_of_storage(error):
+        if not is_of_storage(error):
             raise
         logging.warning("%s cannot be read and is traced again: %s", path, error)
         return None
@@ -231,7 +232,7 @@ def _write(path: epath.Path, key: str, data: bytes) -> None:
     try:
         files.write(path, _header(key, data) + data)
     except Exception as error:
-        if not files.is_of_storage(error):
+        if not is_of_storage(error):
             raise
         logging.warning("%s cannot be written; the next start traces again: %s", path, error)
 

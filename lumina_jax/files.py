@@ -14,8 +14,6 @@ import fsspec
 from etils import epath
 from PIL import Image
 
-_CLIENTS = ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3")
-
 # Else fsspec, and epath with it, believes for ever in the first list of a folder of a bucket: what
 # other processes and TensorStore write there would not be seen.
 for _store in ("gcs", "s3", "az"):
@@ -34,18 +32,6 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """
     path = epath.Path(path)
     return path if is_remote(path) else path.absolute()
-
-
-def is_of_storage(error: BaseException) -> bool:
-    """Whether an error comes of a disk or a store, whose clients have errors of their own."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return isinstance(error, OSError) or is_of_store(error)
-
-
-def is_of_store(error: BaseException) -> bool:
-    """Whether an error is one of a store's client, which says nothing of the file itself."""
-    return type(error).__module__.split(".")[0] in _CLIENTS
 
 
 def put(local: pathlib.Path, path: epath.PathLike) -> None:

@@ -19,10 +19,10 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from lumina_jax import checkpoint, disk, distributed, executables, files, goodput, metrics
+from lumina_jax import checkpoint, disk, distributed, executables, goodput, metrics
 from lumina_jax.checkpoint import Checkpointer
 from lumina_jax.data.loader import Loader
-from lumina_jax.errors import INTERRUPTED, RESTART, InputError, RestartError
+from lumina_jax.errors import INTERRUPTED, RESTART, InputError, RestartError, is_of_storage
 from lumina_jax.lease import Lease
 from lumina_jax.profiling import Profiler
 from lumina_jax.progress import progress_bar
@@ -134,7 +134,7 @@ def run(trainer: Trainer, *, began: float | None = None) -> TrainState:
     except InputError:
         raise
     except Exception as error:
-        if not files.is_of_storage(error):
+        if not is_of_storage(error):
             raise
         raise RestartError(  # what the run writes besides checkpoints
             f"The storage failed: {error}. Mend it, or make room; the same command goes on from "

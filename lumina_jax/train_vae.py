@@ -63,7 +63,7 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, workdir: str):
         self.config, self.workdir = config, workdir
-        if "://" in workdir:
+        if files.is_remote(workdir):
             raise InputError(
                 f"--workdir={workdir} is not on a local disk, where the autoencoder is to be read "
                 f"from afterwards. Give a local folder."

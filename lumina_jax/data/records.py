@@ -465,7 +465,7 @@ class Records:
         if soft < hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         paths = [os.fspath(epath.Path(directory) / shard.name) for shard in split.shards]
-        self.remote = bool(paths) and "://" in paths[0]
+        self.remote = bool(paths) and files.is_remote(paths[0])
         self._paths = _readable(paths)
         self._ends = list(itertools.accumulate(shard.num_records for shard in split.shards))
         self._readers: list[ArrayRecordReader | None] = [None] * len(paths)
@@ -530,7 +530,7 @@ def _downloads() -> futures.ThreadPoolExecutor:
 
 def _readable(paths: list[str]) -> list[str]:
     """Paths that ArrayRecord can open: local ones and gs:// as they are, copies of others."""
-    if not paths or "://" not in paths[0] or paths[0].startswith("gs://"):
+    if not paths or not files.is_remote(paths[0]) or paths[0].startswith("gs://"):
         return paths
     folder = pathlib.Path(tempfile.gettempdir()) / "lumina_jax_shards"
     logging.info(

@@ -238,7 +238,7 @@ def _shard_names(index: pathlib.Path) -> list[str]:
 
 def is_hub_name(name_or_path: str) -> bool:
     """Whether this is taken for owner/name on the Hugging Face hub: there is no such path here."""
-    if "://" in name_or_path or name_or_path.count("/") != 1:
+    if files.is_remote(name_or_path) or name_or_path.count("/") != 1:
         return False
     return not _exists(name_or_path)
 

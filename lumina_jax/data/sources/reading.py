@@ -19,7 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lumina_jax.data.images import Rejected
-from lumina_jax.errors import InputError
+from lumina_jax.errors import InputError, causes
 
 MAX_BYTES = 2**28  # of one picture or caption file; what is larger was not meant to be one
 _WILD = re.compile(r"[*?\[{]")
@@ -144,12 +144,10 @@ def read_file(path: str) -> bytes:
     except Exception as error:
         # What the web answers differs by server and library; links that are dead are its normal.
         if path.startswith(("http://", "https://")):
-            causes = [error]
-            while cause := causes[-1].__cause__:
-                causes.append(cause)
-            gone = any(getattr(cause, "status", 0) in (404, 410) for cause in causes)
+            chain = causes(error)
+            gone = any(getattr(cause, "status", 0) in (404, 410) for cause in chain)
             reason = "not found" if gone else "unreachable"
-            raise Rejected(reason, f"{path}: {causes[-1]!r}") from error
+            raise Rejected(reason, f"{path}: {chain[-1]!r}") from error
         raise
 
 
