@@ -208,6 +208,16 @@ def faults(own: str) -> dict[int, str]:
     return {process: fault for process, fault in enumerate(found) if fault}
 
 
+def meet(name: str) -> None:
+    """Returns when every process of the run is here; at once where it is alone.
+
+    The devices take no part, so nothing of theirs runs out of time. Who never comes is lost or
+    hangs, which `peers` and the watchdog notice.
+    """
+    if _peers is not None:
+        _peers.meet(name)
+
+
 def peers() -> Peers | None:
     """The other processes of this run; None where it is alone."""
     return _peers

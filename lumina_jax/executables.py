@@ -23,7 +23,7 @@ from absl import logging
 from etils import epath
 from jax import export
 
-from lumina_jax import files
+from lumina_jax import distributed, files
 from lumina_jax.errors import is_of_storage
 
 _MAGIC = b"lumina_jax program 1"
@@ -130,7 +130,7 @@ class Program:
 
     def __call__(self, *args, **static):
         key = (*map(jax.typeof, jax.tree.leaves(args)), *sorted(static.items()))
-        program = self.programs.pop(key, None) or self._prepare(args, static)
+        program = self.programs.pop(key, None) or self._first(args, static)
         self.programs[key] = program  # the last of them
         if self._most is not None and len(self.programs) > self._most:
             del self.programs[next(iter(self.programs))]
@@ -143,6 +143,19 @@ class Program:
     def compile(self, *args, **static) -> jax.stages.Compiled:
         """What a call with these shapes and shardings would run, kept where the call keeps it."""
         return self._prepare(args, static).lower(*args).compile()
+
+    def _first(self, args, static):
+        """What a call runs, compiled on every process that takes part in it.
+
+        One that read it from the cache would otherwise wait inside the program for those that
+        compile, and Gloo gives them 30 seconds (NCCL ten minutes) to come.
+        """
+        program = self._prepare(args, static)
+        arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+        if not all(x.is_fully_addressable for x in arrays):
+            program.lower(*args).compile()  # `program` calls what this has made
+            distributed.meet(f"compiled {self._name}")
+        return program
 
     def _jitted(self, static):
         # A function of its own: what JAX made of it goes when it goes, that of a partial stays.

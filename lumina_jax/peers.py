@@ -20,6 +20,7 @@ from lumina_jax.errors import RESTART
 
 _BEATS = 6  # signs of life in the time after which a silent process is lost
 _ROOM = "lumina_jax/peers"
+_DAY = 24 * 3600  # longer than any wait that is not a hang
 
 
 @runtime_checkable
@@ -29,6 +30,8 @@ class Store(Protocol):
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...
+
+    def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None: ...
 
 
 class Progress(NamedTuple):
@@ -72,6 +75,7 @@ class Peers:
         self._name, self._lost_timeout, self._end = name, lost_timeout, end
         self._period = lost_timeout / _BEATS
         self._count, self._place = 0, (0, "start")
+        self._meetings = 0
         self._heard: dict[int, tuple[int, float]] = {}  # the newest count, and when it was heard
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
@@ -80,6 +84,11 @@ class Peers:
     def advance(self, step: int, doing: str) -> None:
         """This process has come further."""
         self._place = step, doing
+
+    def meet(self, name: str) -> None:
+        """Returns when every process has called this as often as this one."""
+        self._meetings += 1
+        self._store.wait_at_barrier(f"{_ROOM}/{self._meetings} {name}", 1000 * _DAY)
 
     def places(self) -> dict[int, Progress]:
         """How far each process was at its last sign of life."""

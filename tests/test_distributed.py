@@ -156,10 +156,11 @@ def test_node_lists_of_slurm_are_spelt_out(nodes, names):
     assert distributed.expand_nodes(nodes) == names
 
 
-def start(address, count, index, timeout):
+def start(address, count, index, timeout, late=0):
     command = [
         sys.executable, "tests/joining.py", f"--coordinator_address={address}",
         f"--num_processes={count}", f"--process_id={index}", f"--join_timeout={timeout}",
+        f"--late={late}",
     ]  # fmt: skip
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -177,6 +178,14 @@ def test_three_processes_meet_and_add():
     status, outputs = results([start(address, 3, index, 60) for index in (2, 1, 0)])
     assert status == [0] * 3, outputs
     assert all("sum over 3 processes: 6" in output for output in outputs)
+
+
+@pytest.mark.slow
+def test_who_has_a_program_waits_for_who_compiles_it():
+    """Gloo would end them after 30 seconds."""
+    address = free_address()
+    status, outputs = results([start(address, 2, index, 60, late=45) for index in (0, 1)])
+    assert status == [0, 0], outputs
 
 
 def test_two_of_three_processes_name_the_third_and_end():

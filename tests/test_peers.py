@@ -1,5 +1,7 @@
 """What processes know of each other, over a store that they share as that of the coordinator."""
 
+import collections
+import threading
 import time
 
 import pytest
@@ -15,6 +17,7 @@ class Store:
 
     def __init__(self):
         self.values = {}
+        self.barriers = collections.defaultdict(lambda: threading.Barrier(2))
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
         if key in self.values and not allow_overwrite:
@@ -23,6 +26,9 @@ class Store:
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
         return [(k, v) for k, v in self.values.items() if k.startswith(key)]
+
+    def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None:
+        self.barriers[barrier_id].wait(timeout_in_ms / 1000)
 
 
 @pytest.fixture
@@ -54,6 +60,19 @@ def test_all_that_live_are_left_alone_and_known(start):
         0: (0, "start"),
         1: (5, "saving"),
     }
+
+
+def test_two_meet_each_time_anew(start):
+    start, _ = start
+    first, second = start(0, 1, of=2)
+    for _ in range(2):
+        early = threading.Thread(target=first.meet, args=("here",))
+        early.start()
+        early.join(PATIENCE / 2)
+        assert early.is_alive()
+        second.meet("here")
+        early.join(PATIENCE)
+        assert not early.is_alive()
 
 
 def test_one_that_falls_silent_ends_all_with_its_name(start, caplog):

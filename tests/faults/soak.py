@@ -222,7 +222,7 @@ def _disturb(cluster: Cluster, steer) -> tuple[collections.Counter, Memory, floa
     waiting: list[str] = []
     while time.monotonic() - began < 60 * _MINUTES.value:
         if all(process.poll() is not None for process in cluster.processes):
-            _start(cluster)
+            cluster.start().trains(600)
         time.sleep(choose.uniform(low, high))
         if not waiting:  # each of them once, in another order every time
             waiting = choose.sample(Faults.NAMES, len(Faults.NAMES))
@@ -238,26 +238,11 @@ def _disturb(cluster: Cluster, steer) -> tuple[collections.Counter, Memory, floa
         cluster.signal(0, signal.SIGTERM)
         cluster.wait(120)
     else:  # up to a checkpoint that is sound
-        _start(cluster)
+        cluster.start().trains(600)
         cluster.signal(0, signal.SIGTERM)
         cluster.wait(120)
     memory.close()
     return counts, memory, time.monotonic() - began
-
-
-def _start(cluster: Cluster) -> None:
-    """As a scheduler does, which tries a start again that failed.
-
-    Gloo gives processes 30 seconds to meet, and of those that share two cores some need longer.
-    """
-    for _ in range(3):
-        try:
-            cluster.start().trains(600)
-            return
-        except AssertionError as error:
-            print(f"start {cluster.starts} failed: {cluster.wait(90)}", flush=True)
-            failure = error
-    raise failure
 
 
 def main(_) -> None:
