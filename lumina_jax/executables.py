@@ -151,8 +151,9 @@ class Program:
         compile, and Gloo gives them 30 seconds (NCCL ten minutes) to come.
         """
         program = self._prepare(args, static)
-        arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-        if not all(x.is_fully_addressable for x in arrays):
+        shardings = {x.sharding for x in jax.tree.leaves(args) if isinstance(x, jax.Array)}
+        processes = {d.process_index for sharding in shardings for d in sharding.device_set}
+        if len(processes) == jax.process_count() > 1:  # all take part, so all come here
             program.lower(*args).compile()  # `program` calls what this has made
             distributed.meet(f"compiled {self._name}")
         return program
