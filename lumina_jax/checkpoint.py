@@ -258,10 +258,15 @@ class Checkpointer:
         # TensorStore says "no space left" as a ValueError.
         if not (is_of_storage(failure) or isinstance(failure, ValueError)):
             return failure
+        newest = _newest(self.directory)
+        if newest == self._writing:
+            what = "is whole, but an older one could not be removed"
+        else:
+            what = "could not be written"
         told = RestartError(
-            f"The checkpoint of step {self._writing} could not be written: {_first_line(failure)} "
-            f"The newest whole one in {self.directory} is {_newest(self.directory)}. Mend the "
-            f"storage, or make room; the same command goes on from there."
+            f"The checkpoint of step {self._writing} {what}: {_first_line(failure)} The newest "
+            f"whole one in {self.directory}: {newest}. Mend the storage, or make room; the same "
+            f"command goes on from there."
         )
         told.__cause__ = failure
         return told
@@ -509,12 +514,13 @@ def _first_line(error: BaseException) -> str:
     return str(first).strip().split("\n")[0][:600] or type(first).__name__
 
 
-def _newest(directory: epath.Path) -> str:
+def _newest(directory: epath.Path) -> int | str:
+    """The newest step there, or a word for why there is none to tell."""
     try:
         steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
     except Exception:  # the storage has just failed
         return "not known"
-    return f"of step {steps[-1]}" if steps else "none"
+    return steps[-1] if steps else "none"
 
 
 def verify(directory: epath.Path) -> None:

@@ -409,6 +409,25 @@ def test_nobody_waits_for_a_save_that_did_not_begin(error, raised, small, tmp_pa
     assert checkpoint.find_steps(tmp_path) == []
 
 
+def test_an_old_one_that_cannot_be_removed_is_not_taken_for_a_failed_save(
+    small, tmp_path, monkeypatch
+):
+    _, state = small
+    checkpointer = make_checkpointer(tmp_path, keep_latest=1)
+    checkpointer.save(state, 9, META)
+    checkpointer.wait()
+
+    def fail(path, *_, **__):
+        raise PermissionError(f"not allowed: {path}")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    message = r"step 12 is whole, but an older one could not be removed: not allowed: .*/9.*: 12\."
+    checkpointer.save(state, 12, META)
+    with pytest.raises(RestartError, match=message):
+        checkpointer.close()
+    assert checkpoint.find_steps(tmp_path) == [9, 12]
+
+
 def test_a_state_that_is_not_finite_is_not_saved(small, tmp_path):
     _, state = small
     checkpointer = make_checkpointer(tmp_path)
