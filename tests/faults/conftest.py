@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.cluster import Cluster, build_shim, running
+from tests.faults.cluster import SECRET, Cluster, build_shim, running
 
 NUM_STEPS = 160
 
@@ -22,9 +22,12 @@ def flags(tmp_path_factory):
 
 @pytest.fixture
 def cluster(tmp_path, dataset, flags):
-    """Two processes with four devices each."""
+    """Two processes with four devices each; whatever happens to them, they tell no secret."""
     with running(Cluster(tmp_path / "run", dataset, flags=flags)) as cluster:
         yield cluster
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    assert cluster.log_path(0) in files
 
 
 @pytest.fixture(scope="session")
