@@ -42,9 +42,10 @@ soak: $(VENV)/.dev
 fuzz: $(VENV)/.dev
 	$(RUN) -m tests.fuzz $(FUZZ_ARGS)
 
-## Data preparation on Apache Beam, in an environment of its own (it asks for an older protobuf).
+## Data preparation and captions on Apache Beam, in an environment of its own (it asks for an older
+## protobuf).
 test-beam: $(VENV)-beam/.beam
-	$(VENV)-beam/bin/python -m pytest tests/data/test_beam.py $(PYTEST_ARGS)
+	$(VENV)-beam/bin/python -m pytest tests/data/test_beam.py tests/unicap/test_caption_beam.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -71,7 +72,8 @@ $(VENV)/.dev: $(VENV)/.demo
 
 $(VENV)-beam/.beam: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-beam
-	$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[beam,demo]' beartype pytest
+	$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[beam,demo]' beartype pytest \
+	    httpx lingua-language-detector tenacity
 	touch $@
 
 clean:

@@ -88,6 +88,16 @@ def remove_asides(folder: epath.PathLike) -> None:
             (epath.Path(folder) / name).unlink()
 
 
+def move(path: epath.PathLike, target: epath.PathLike) -> None:
+    """Gives a file another name, in place of what has it. A bucket makes a copy first."""
+    path = epath.Path(path)
+    if is_remote(path):
+        path.copy(target, overwrite=True)
+        path.unlink()
+    else:
+        path.replace(target)
+
+
 def remove_folder(folder: epath.PathLike, last: str) -> None:
     """Removes a folder of files; the one called `last` says whose they are, so it goes last."""
     fs, root = fsspec.core.url_to_fs(os.fspath(folder))

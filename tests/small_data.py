@@ -6,10 +6,13 @@ import pathlib
 import socket
 from collections.abc import Collection, Iterator, Sequence
 
+from etils import epath
 from PIL import Image
 
-from lumina_jax.data import prepare, records
+from lumina_jax import files
+from lumina_jax.data import caption_table, prepare, records
 from lumina_jax.data.buckets import Bucket
+from lumina_jax.data.caption_table import Piece, Row, Table, Written
 from lumina_jax.data.captions import Caption
 from lumina_jax.data.records import Manifest, Record
 from lumina_jax.data.sources.base import Item, Part
@@ -74,6 +77,21 @@ def make_emojis(
     source = OpenMojiSource(emojis, resolution=32)
     prepare.prepare(source, directory, targets, prepare.Settings(fit="pad"))
     return Manifest.load(directory)
+
+
+def caption_row(id: str, *captions: Caption) -> Row:
+    """A row of a table of captions; without any, the picture has a long one that names it."""
+    captions = captions or (Caption(f"{id}, told at length", "long", "en"),)
+    return Row(id, tuple(Written(*caption, "a model", "1", 0) for caption in captions))
+
+
+def make_caption_table(directory: os.PathLike | str, *pieces: Sequence[Row]) -> Table:
+    """Writes a table of these pieces, two to a part, as `tools/caption.py` does."""
+    files.write(epath.Path(directory) / caption_table.SETTINGS, '{"model": "a model"}')
+    for number, rows in enumerate(pieces):
+        caption_table.write_rows(directory, Piece(*divmod(number, 2)), rows)
+    caption_table.finish(directory, {"pictures": sum(map(len, pieces))})
+    return Table.load(directory)
 
 
 def damage(directory: os.PathLike | str, ids: Collection[str]) -> None:

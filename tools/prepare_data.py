@@ -12,6 +12,12 @@ became of each picture. Other sources:
     ... tfds --input=tensorflow_datasets/coco_captions/2014/1.1.0
     ... openmoji --resolution=48 --emojis=🐶🍎🚲      drawings, without any download
 
+Captions of tools/caption.py take the place of those beside the pictures, or come behind them, with
+--caption_table=captions and --caption_mode. They can also be put into a data set that is there,
+whose pictures stay as they are:
+
+    ... dataset --input=data/photos/256 --caption_table=captions --output=data/photos_v2/256
+
 A run that was stopped goes on where it was when the same command is given again, and one that is
 finished is left as it is; other settings need --overwrite. On a cluster:
 
@@ -20,27 +26,32 @@ finished is left as it is; other settings need --overwrite. On a cluster:
 
 import os
 import pathlib
+import sys
 
 import rich.console
 import rich.table
 from absl import flags, logging
 from etils import epath
 
-from lumina_jax import cli, plots
-from lumina_jax.data import engine, prepare
+from lumina_jax import cli, plots, source_flags
+from lumina_jax.data import caption_table, engine, prepare, recaption
 from lumina_jax.data.buckets import Bucket
+from lumina_jax.data.caption_table import Merge, Table
 from lumina_jax.data.plan import Report
-from lumina_jax.data.prepare import Filter, Settings, Target
+from lumina_jax.data.prepare import Filter, Settings
 from lumina_jax.data.records import Manifest
-from lumina_jax.data.sources import KINDS, make_source
 from lumina_jax.data.sources.base import Source
-from lumina_jax.data.sources.openmoji import OpenMojiSource
+from lumina_jax.data.sources.captioned import WithTable
 from lumina_jax.errors import InputError
 from lumina_jax.progress import progress_bar
 
-SOURCES = ("openmoji", *KINDS)
+# What a data set that is there is copied with; the other flags are of pictures and their sources.
+_OF_DATASET = (
+    *("input", "output", "caption_table", "caption_mode"),
+    *("num_workers", "engine", "beam_options", "overwrite"),
+)
 
-_INPUT = flags.DEFINE_string("input", None, "Where the pictures are: a path or URL, see above.")
+source_flags.define(captions=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write to.")
 _RESOLUTION = flags.DEFINE_list(
     "resolution", ["256"], "Side of the square picture, in pixels. Several: a data set for each."
@@ -54,18 +65,16 @@ _PIXELS_PER_TOKEN = flags.DEFINE_integer(
 _BUCKETS = flags.DEFINE_list(
     "buckets", [], "Sizes such as 48x48,60x36,36x60. Default: the official list of the resolution."
 )
-# Of the sources.
-_ROOT = flags.DEFINE_string("root", None, "json, parquet: where relative picture paths begin.")
-_IMAGE = flags.DEFINE_string("image", None, "parquet: the column of pictures, or of their paths.")
-_SPLIT = flags.DEFINE_string("split", None, "tfds: the split to read.")
-_CAPTIONS = flags.DEFINE_list(
-    "captions", None, "Where captions are, as key:kind:language. Default: keys of well-known names."
+# Captions from elsewhere.
+_CAPTION_TABLE = flags.DEFINE_list(
+    "caption_table", [], "Directories that tools/caption.py has written: captions by picture."
 )
-_KIND = flags.DEFINE_string("kind", None, "Of captions that do not say: long, medium, short, tags.")
-_LANGUAGE = flags.DEFINE_string("language", None, "Of captions that do not say; en by default.")
-_LICENSE = flags.DEFINE_string("license", None, "Of the pictures, for the manifest.")
-_ATTRIBUTION = flags.DEFINE_string("attribution", None, "What has to be said with the pictures.")
-_EMOJIS = flags.DEFINE_string("emojis", "all", "openmoji: the characters to draw, or all.")
+_CAPTION_MODE = flags.DEFINE_enum(
+    "caption_mode",
+    None,
+    caption_table.MODES,
+    "Of tables: replace the captions of the pictures, or add to them. Default: replace.",
+)
 # What is taken, and how it is kept.
 _FIT = flags.DEFINE_enum(
     "fit", None, sorted(prepare.FITS), "Crop to the bucket, or pad with white. Default: crop."
@@ -87,6 +96,20 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the data sets that a
 
 
 def main(kind: str) -> None:
+    try:
+        report, directories = _recaption() if kind == "dataset" else _prepare(kind)
+        manifests = [Manifest.load(directory) for directory in directories]
+        plots.prepared_data(manifests, report, epath.Path(_OUTPUT.value) / "report.png")
+    except OSError as error:
+        logging.info("What failed:", exc_info=True)
+        raise InputError(
+            f"{error}. What is done is kept; mend it and give the same command again."
+        ) from error
+    _print_summary(report, directories, manifests)
+
+
+def _prepare(kind: str) -> tuple[Report, list[str]]:
+    """Makes data sets of a source; returns what became of its pictures, and where they are."""
     resolutions = [_whole("resolution", text) for text in _RESOLUTION.value]
     buckets = tuple(Bucket.parse(text) for text in _BUCKETS.value)
     targets = prepare.make_targets(_OUTPUT.value, resolutions, _PIXELS_PER_TOKEN.value, buckets)
@@ -104,58 +127,64 @@ def main(kind: str) -> None:
     where = _make_engine()
     _check_apart()
     source = _make_source(kind, max(resolutions))
-    try:
-        report = prepare.prepare(
-            source, _OUTPUT.value, targets, settings, engine=where, overwrite=_OVERWRITE.value
-        )
-        manifests = [Manifest.load(target.directory) for target in targets]
-        plots.prepared_data(manifests, report, epath.Path(_OUTPUT.value) / "report.png")
-    except OSError as error:
-        logging.info("What failed:", exc_info=True)
+    report = prepare.prepare(
+        source, _OUTPUT.value, targets, settings, engine=where, overwrite=_OVERWRITE.value
+    )
+    return report, [target.directory for target in targets]
+
+
+def _recaption() -> tuple[Report, list[str]]:
+    """Copies a data set with other captions; returns what became of it, and where the copy is."""
+    ours = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+    given = [flag.name for flag in ours if flag.present and flag.name not in _OF_DATASET]
+    if given:
         raise InputError(
-            f"{error}. What is done is kept; mend it and give the same command again."
-        ) from error
-    _print_summary(report, targets, manifests)
+            f"A data set that is there takes no --{', --'.join(sorted(given))}: its pictures stay "
+            f"as they are. It has --{', --'.join(_OF_DATASET)}."
+        )
+    missing = [name for name in ("input", "caption_table") if not flags.FLAGS[name].value]
+    if missing:
+        raise InputError(f"Missing --{', --'.join(missing)}. `--help` shows an example.")
+    where = _make_engine()
+    _check_apart()
+    merge = _make_merge()
+    report = recaption.recaption(
+        flags.FLAGS.input,
+        _OUTPUT.value,
+        merge.tables,
+        mode=merge.mode,
+        engine=where,
+        overwrite=_OVERWRITE.value,
+    )
+    return report, [_OUTPUT.value]
 
 
 def _check_apart() -> None:
     """What is written must not be read as pictures, nor what is read be removed."""
-    if not _INPUT.value or "://" in _INPUT.value + _OUTPUT.value:
-        folder = f"{(_INPUT.value or '').rstrip('/')}/"
-        apart = not _INPUT.value or not f"{_OUTPUT.value}/".startswith(folder)
+    given, output = flags.FLAGS.input, _OUTPUT.value
+    if not given or "://" in given + output:
+        folder = f"{(given or '').rstrip('/')}/"
+        apart = not given or not f"{output}/".startswith(folder)
     else:
-        folder, output = (pathlib.Path(path).resolve() for path in (_INPUT.value, _OUTPUT.value))
-        apart = folder != output and folder not in output.parents
+        inner, outer = (pathlib.Path(path).resolve() for path in (output, given))
+        apart = outer != inner and outer not in inner.parents
     if not apart:
-        raise InputError(
-            f"--output={_OUTPUT.value} lies in --input={_INPUT.value}. Choose a directory outside."
-        )
+        raise InputError(f"--output={output} lies in --input={given}. Choose a directory outside.")
+
+
+def _make_merge() -> Merge:
+    tables = tuple(Table.load(directory) for directory in _CAPTION_TABLE.value)
+    return Merge(tables, _CAPTION_MODE.value or "replace")
 
 
 def _make_source(kind: str, resolution: int) -> Source:
-    given = {
-        "root": _ROOT.value,
-        "image": _IMAGE.value,
-        "split": _SPLIT.value,
-        "captions": None if _CAPTIONS.value is None else tuple(_CAPTIONS.value),
-        "kind": _KIND.value,
-        "language": _LANGUAGE.value,
-        "license": _LICENSE.value,
-        "attribution": _ATTRIBUTION.value,
-    }
-    options = {name: value for name, value in given.items() if value is not None}
-    if kind == "openmoji":
-        if options or _INPUT.value:
-            names = ", ".join(
-                f"--{name}" for name in (*options, *(["input"] if _INPUT.value else []))
-            )
-            raise InputError(f"The source openmoji takes no {names}; it has --emojis.")
-        return OpenMojiSource(_EMOJIS.value, resolution)
-    if _EMOJIS.value != "all":
-        raise InputError(f"--emojis are of the source openmoji, not of {kind}.")
-    if not _INPUT.value:
-        raise InputError(f"Missing --input, where the {kind} source is. `--help` shows an example.")
-    return make_source(kind, _INPUT.value, **options)
+    """Returns the source, with the captions of tables if there are any."""
+    if _CAPTION_TABLE.value:
+        merge = _make_merge()
+        return WithTable(source_flags.make(kind, resolution, needs_captions=False), merge)
+    if _CAPTION_MODE.value:
+        raise InputError("--caption_mode is of --caption_table, which is not given.")
+    return source_flags.make(kind, resolution)
 
 
 def _progress(description: str, total: int):
@@ -195,22 +224,22 @@ def _whole(flag: str, text: str) -> int:
         raise InputError(f"--{flag}={text} is not a whole number.") from None
 
 
-def _print_summary(report: Report, targets: tuple[Target, ...], manifests: list[Manifest]) -> None:
+def _print_summary(report: Report, directories: list[str], manifests: list[Manifest]) -> None:
     console = rich.console.Console()
-    table = rich.table.Table("", *(f"{target.resolution} px" for target in targets))
+    table = rich.table.Table("", *(f"{manifest.resolution} px" for manifest in manifests))
     for column in table.columns[1:]:
         column.justify = "right"
-    table.add_row("read", *[f"{report.num_read:,}"] * len(targets))
+    table.add_row("read", *[f"{report.num_read:,}"] * len(manifests))
     table.add_row("written", *(f"{written:,}" for written in report.written))
     reasons = {reason: None for rejected in report.rejected for reason in sorted(rejected)}
     for reason in reasons:
         counts = (rejected.get(reason, 0) for rejected in report.rejected)
         table.add_row(f"rejected: {reason}", *(f"{count:,}" for count in counts))
     console.print(table)
-    for target, manifest in zip(targets, manifests, strict=True):
+    for directory, manifest in zip(directories, manifests, strict=True):
         filled = sum(bool(split.num_records) for split in manifest.splits)
         console.print(
-            f"{manifest.num_records:,} records of {manifest.source} in {target.directory}: "
+            f"{manifest.num_records:,} records of {manifest.source} in {directory}: "
             f"{filled} of {len(manifest.splits)} buckets, captions {', '.join(manifest.kinds)} in "
             f"{', '.join(manifest.languages)}.",
             highlight=False,
@@ -227,4 +256,4 @@ def _print_summary(report: Report, targets: tuple[Target, ...], manifests: list[
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("output",), commands=SOURCES)
+    cli.run(main, required=("output",), commands=(*source_flags.SOURCES, "dataset"))

@@ -110,6 +110,15 @@ class Beam(Engine):
         advance(len(tasks))
 
 
+def in_threads(
+    function: Callable[[Any], Any], arguments: Sequence[Any], ahead: int = 128
+) -> Iterator[Any]:
+    """Yields the results in order, a few ahead: most of each call is waiting for a store."""
+    with futures.ThreadPoolExecutor(min(ahead, 32)) as pool:
+        for start in range(0, len(arguments), ahead):
+            yield from pool.map(function, arguments[start : start + ahead])
+
+
 def _end_with(parent: int) -> None:
     """Ends this worker when its parent is gone, even if that was killed."""
 

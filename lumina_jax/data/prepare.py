@@ -19,8 +19,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from lumina_jax.data.buckets import (
     resize_and_crop,
 )
 from lumina_jax.data.captions import KINDS
-from lumina_jax.data.engine import Engine
+from lumina_jax.data.engine import Engine, in_threads
 from lumina_jax.data.images import Rejected
 from lumina_jax.data.plan import Index, IndexWriter, Plan, PlannedShard, Report, make_plan
 from lumina_jax.data.records import Manifest, Shard, Split
@@ -110,11 +109,7 @@ def make_targets(
     Without `pixels_per_token` it is 16, as the full model has it, and 4 below 256 px, for a small
     one. Without `buckets` they are the official list of the resolution.
     """
-    if files.is_remote(output) and not os.fspath(output).startswith("gs://"):
-        raise InputError(
-            f"Output {os.fspath(output)}: ArrayRecord does not read that store. Give a local "
-            "directory or gs://, and copy the data set from there."
-        )
+    records.check_store(output)
     if not resolutions or len(set(resolutions)) < len(resolutions):
         raise InputError(f"Resolutions {list(resolutions)}: need one or more, each once.")
     if buckets and len(resolutions) > 1:
@@ -205,7 +200,7 @@ def prepare(
     plan = job.make_plan(len(parts))
     if not any(plan.report.written):
         # What was read stays, and so does the report, until the settings are others.
-        _save_report(output, plan.report, targets)
+        save_report(output, plan.report, [target.resolution for target in targets])
         raise InputError(
             f"None of the {plan.report.num_read:,} pictures of {source.name} can be written; "
             f"{output / REPORT} says why. Change the source or the settings, and use --overwrite."
@@ -223,7 +218,7 @@ def prepare(
             ),
         )
     files.remove_asides(output)
-    _save_report(output, plan.report, targets)
+    save_report(output, plan.report, [target.resolution for target in targets])
     files.remove_folder(output / records.UNFINISHED, last=MARKER)
     return plan.report
 
@@ -258,7 +253,7 @@ class Job:
             content = json.dumps(dataclasses.asdict(parts[number]))
             files.write(self._path(number, "json"), content)
 
-        for _ in _in_threads(write, new):
+        for _ in in_threads(write, new):
             pass
         return missing
 
@@ -336,7 +331,7 @@ class Job:
 
     def make_plan(self, num_parts: int) -> Plan:
         return make_plan(
-            lambda: _in_threads(self._load_index, range(num_parts)),
+            lambda: in_threads(self._load_index, range(num_parts)),
             len(self.targets),
             shard_bytes=self.settings.shard_bytes,
             keep_duplicates=self.settings.keep_duplicates,
@@ -360,7 +355,7 @@ class Job:
             )
             files.write(self._plan_path(shard.column, self._shard_name(shard)), content.getvalue())
 
-        for _ in _in_threads(write, missing):
+        for _ in in_threads(write, missing):
             pass
         return [(shard.column, self._shard_name(shard)) for shard in missing]
 
@@ -383,7 +378,7 @@ class Job:
             return list(records.read_shard(spool, piece[:, 1].tolist()))
 
         with records.shard_writer(path) as write:
-            for found in _in_threads(read, pieces, ahead=8):
+            for found in in_threads(read, pieces, ahead=8):
                 for record in found:
                     write(record)
 
@@ -416,15 +411,6 @@ class Job:
     def _shard_name(self, shard: PlannedShard) -> str:
         bucket = self.targets[shard.column].buckets[shard.bucket]
         return records.shard_name(bucket, shard.number, shard.count)
-
-
-def _in_threads(
-    function: Callable[[Any], Any], arguments: Sequence[Any], ahead: int = 128
-) -> Iterator[Any]:
-    """Yields the results in order, a few ahead: most of each call is waiting for a store."""
-    with futures.ThreadPoolExecutor(min(ahead, 32)) as pool:
-        for start in range(0, len(arguments), ahead):
-            yield from pool.map(function, arguments[start : start + ahead])
 
 
 def encode(image: Image.Image, resolution: int, quality: int) -> bytes:
@@ -465,12 +451,7 @@ def _find_finished(output: epath.Path, wanted: Mapping[Target, dict[str, Any]]) 
         _check_same(target.directory, there, wanted[target])
     if begun:  # a run was killed while it removed it
         files.remove_folder(unfinished, last=MARKER)
-    if not (output / REPORT).exists():
-        raise InputError(
-            f"The data in {output} is complete, but {REPORT} is gone. Use it as it is, or make it "
-            "again with --overwrite."
-        )
-    return _load_report(output)
+    return load_report(output)
 
 
 def _start(
@@ -541,16 +522,25 @@ def _to_json(content: Any) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _save_report(output: epath.Path, report: Report, targets: Sequence[Target]) -> None:
-    resolutions = {
-        target.resolution: {"written": written, "rejected": rejected}
-        for target, written, rejected in zip(targets, report.written, report.rejected, strict=True)
+def save_report(output: epath.Path, report: Report, resolutions: Sequence[int]) -> None:
+    """Writes what became of the pictures, of each dataset by its resolution."""
+    datasets = {
+        resolution: {"written": written, "rejected": rejected}
+        for resolution, written, rejected in zip(
+            resolutions, report.written, report.rejected, strict=True
+        )
     }
-    content = {"read": report.num_read, "resolutions": resolutions, "examples": report.examples}
+    content = {"read": report.num_read, "resolutions": datasets, "examples": report.examples}
     files.write(output / REPORT, _to_json(content))
 
 
-def _load_report(output: epath.Path) -> Report:
+def load_report(output: epath.Path) -> Report:
+    """Returns the report of datasets that are complete."""
+    if not (output / REPORT).exists():
+        raise InputError(
+            f"The data in {output} is complete, but {REPORT} is gone. Use it as it is, or make it "
+            "again with --overwrite."
+        )
     content = json.loads((output / REPORT).read_text(encoding="utf-8"))
     resolutions = content["resolutions"].values()
     return Report(

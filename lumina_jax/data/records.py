@@ -53,7 +53,7 @@ from lumina_jax.version import __version__
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # a folder for those who make a dataset, in the directory of it
-MARKERS = ("settings.json", "fingerprint")  # say there whose it is: of prepare, of cached features
+MARKERS = ("settings.json", "fingerprint")  # say there whose it is: of prepare, of copies
 # Raise it when a dataset written before can no longer be read.
 FORMAT = 2
 REMAKE = "Make the dataset again with tools/prepare_data.py and --overwrite."
@@ -131,6 +131,17 @@ class Record:
         for name, value in caches.items():
             values = [value] if isinstance(value, bytes) else value
             example.features.feature[name].bytes_list.value[:] = values
+        return example.SerializeToString(deterministic=True)
+
+    def with_captions(self, captions: Sequence[Caption]) -> bytes:
+        """Returns the bytes of this record with other captions, and without features of the old."""
+        example = tf_example_pb2.Example()
+        example.CopyFrom(self._example)
+        feature = example.features.feature
+        feature.pop("cap_feats", None)
+        for name in Caption._fields:
+            values = [getattr(caption, name).encode() for caption in captions]
+            feature[f"captions/{name}"].bytes_list.value[:] = values
         return example.SerializeToString(deterministic=True)
 
 
@@ -255,12 +266,6 @@ class Manifest:
     fingerprint: str
     version: str = __version__  # of the code that wrote it
     cache: Mapping[str, LatentsCache | CapFeatsCache] = dataclasses.field(default_factory=dict)
-
-    def _size(self) -> tuple[int, int]:
-        width, height = (self._feature[name].int64_list.value for name in ("width", "height"))
-        if len(width) != 1 or len(height) != 1 or min(*width, *height) < 1:
-            raise Rejected(DAMAGED, f"width {list(width)!s:.60} and height {list(height)!s:.60}")
-        return width[0], height[0]
 
     @property
     def source(self) -> str:
@@ -597,6 +602,63 @@ def remove(directory: epath.PathLike) -> None:
         )
     for name in ours:
         (directory / name).unlink()
+
+
+def check_store(output: epath.PathLike) -> None:
+    """Refuses a store that shards cannot be read from again."""
+    if files.is_remote(output) and not os.fspath(output).startswith("gs://"):
+        raise InputError(
+            f"Output {os.fspath(output)}: ArrayRecord does not read that store. Give a local "
+            "directory or gs://, and copy the data set from there."
+        )
+
+
+def begin_copy(
+    source: epath.PathLike,
+    output: epath.PathLike,
+    manifest: Manifest,
+    fingerprint: str,
+    *,
+    change: str,
+    overwrite: bool,
+) -> Manifest | None:
+    """Leaves `unfinished/` as a copy may find it: with its own work, or with its mark alone.
+
+    Args:
+        source: the dataset to copy.
+        output: the directory of the copy.
+        manifest: of the source.
+        fingerprint: that the copy will have.
+        change: what else may differ where a copy has another one, for the message.
+        overwrite: whether to remove another dataset at `output`.
+
+    Returns:
+        The manifest of the copy where it is finished, else None.
+    """
+    output = epath.Path(output)
+    unfinished = output / UNFINISHED
+    began = unfinished / MARKERS[1]
+    if not began.exists() and files.sizes(unfinished):
+        raise InputError(
+            f"{unfinished} is not of this command. Choose another output, or remove it yourself."
+        )
+    finished = None
+    if overwrite:
+        begun = began.exists()
+        remove(output)
+        if begun:
+            files.remove_folder(unfinished, last=MARKERS[1])
+    elif began.exists() or (finished := find(output)) is not None:
+        there = began.read_text() if finished is None else finished.fingerprint
+        if there != fingerprint:
+            raise InputError(
+                f"{output} holds another data set, or {change}. Choose another directory, or "
+                "replace it with --overwrite."
+            )
+    if finished is None:
+        check_complete(source, manifest.splits)
+        files.write(began, fingerprint)
+    return finished
 
 
 def finish(directory: epath.PathLike, manifest: Manifest) -> None:

@@ -93,23 +93,16 @@ def cache_features(
     fingerprint = hashlib.sha256(content).hexdigest()
     output = epath.Path(output)
     unfinished = output / records.UNFINISHED
-    began = unfinished / MARKER
-    if not began.exists() and files.sizes(unfinished):
-        raise InputError(
-            f"{unfinished} is not of this command. Choose another output, or remove it yourself."
-        )
-    if overwrite:
-        begun = began.exists()
-        records.remove(output)
-        if begun:
-            files.remove_folder(unfinished, last=MARKER)
-    elif began.exists():
-        _check_fingerprint(output, began.read_text(), fingerprint)
-    elif (there := records.find(output)) is not None:
-        _check_fingerprint(output, there.fingerprint, fingerprint)
-        return there
-    records.check_complete(source, found.splits)
-    files.write(began, fingerprint)
+    finished = records.begin_copy(
+        source,
+        output,
+        found,
+        fingerprint,
+        change="features of another encoder",
+        overwrite=overwrite,
+    )
+    if finished is not None:
+        return finished
 
     encoders: dict[str, _Latents | _CapFeats] = {}
     if "latents" in features:
@@ -157,14 +150,6 @@ def cache_features(
     records.finish(output, manifest)
     files.remove_folder(unfinished, last=MARKER)
     return manifest
-
-
-def _check_fingerprint(output: epath.Path, there: str, wanted: str) -> None:
-    if there != wanted:
-        raise InputError(
-            f"{output} holds another data set, or features of another encoder. Choose another "
-            f"directory, or replace it with --overwrite."
-        )
 
 
 def check(

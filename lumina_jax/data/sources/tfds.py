@@ -139,7 +139,7 @@ class TfdsSource(CaptionedSource):
         wanted = [given.partition(":")[0] for given in self.captions]
         missing = [name for name in wanted if name not in features]
         missing += [image] if image not in images else []
-        if missing or not captions:
+        if missing or (self.needs_captions and not captions):
             raise InputError(
                 f"{self.path} has no feature {', '.join(missing) or 'of captions'}; it has "
                 f"{', '.join(features)}, of which images: {', '.join(images) or 'none'}. Name the "

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from lumina_jax.data.captions import Caption
 from lumina_jax.data.images import Rejected
 from lumina_jax.data.sources import make_source
 from lumina_jax.data.sources.metadata import CaptionedSource, scores_of
@@ -55,6 +56,17 @@ def test_given_keys_replace_the_known_ones():
     ]
     with pytest.raises(Rejected, match="bad caption: alt: needed text, got 5"):
         captions_of({"alt": 5}, "alt")
+
+
+def test_captions_are_not_needed_where_pictures_are_to_be_captioned():
+    source = CaptionedSource("x", needs_captions=False)
+    assert source.captions_of({"alt": "1"}) == ()
+    assert source.captions_of({"prompt": "2"}) == (Caption("2", "long", "en"),)
+    with pytest.raises(Rejected, match="bad caption: prompt: needed text, got 5"):
+        CaptionedSource("x", captions=("prompt",), needs_captions=False).captions_of({"prompt": 5})
+    # The pictures that are taken are the same, so datasets that are there stay as they are.
+    assert source.settings() == CaptionedSource("x").settings()
+    assert "needs_captions" not in source.settings()
 
 
 def test_scores_are_the_finite_numbers():

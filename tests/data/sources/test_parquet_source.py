@@ -164,6 +164,19 @@ def test_columns_that_are_not_there_are_refused(store, columns, options, message
         ParquetSource(path, **options).parts()
 
 
+def test_a_column_of_captions_is_not_needed_where_pictures_are_to_be_captioned(
+    store, png, read_all
+):
+    bare = table({"jpg": [png(1), png(2)]})
+    path = store.put({"a.parquet": bare, "b.parquet": table({"jpg": [png(3)], "text": [""]})})
+    items = read_all(ParquetSource(path, needs_captions=False))
+    assert [(item.image, item.captions, item.fault) for item in items] == [
+        (png(n), (), None) for n in (1, 2, 3)
+    ]
+    with pytest.raises(InputError, match="has no column alt; it has jpg"):
+        ParquetSource(path, captions=("alt",), needs_captions=False).parts()
+
+
 def test_half_a_file_is_refused(store, png):
     whole = table({"image": [png()], "text": ["x"]})
     for content in (b"", whole[:-20]):

@@ -85,6 +85,32 @@ def test_features_and_split_can_be_given(coco, read_all):
     assert len(read_all(TfdsSource(coco, split="train[10:20]"))) == 10
 
 
+class Bare(Coco):
+    """Pictures alone."""
+
+    def _info(self):
+        image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({"image": image})
+        )
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {"image": self._png(i)}
+
+
+def test_a_feature_of_captions_is_not_needed_where_pictures_are_to_be_captioned(
+    tmp_path, png, read_all
+):
+    builder = Bare(png=png, data_dir=tmp_path)
+    builder.download_and_prepare()
+    with pytest.raises(InputError, match="has no feature of captions; it has image"):
+        TfdsSource(str(builder.data_path)).parts()
+    items = read_all(TfdsSource(str(builder.data_path), needs_captions=False))
+    assert sorted(item.image for item in items) == sorted(png(i) for i in range(NUM_RECORDS))
+    assert {(item.captions, item.fault) for item in items} == {((), None)}
+
+
 def test_parts_are_slices(coco, read_all, monkeypatch):
     whole = read_all(TfdsSource(coco))
     monkeypatch.setattr(tfds_source, "RECORDS_PER_PART", 7)
