@@ -73,6 +73,10 @@ config_flags.DEFINE_config_file(
 # Models in this process.
 _MODEL = flags.DEFINE_string("model", None, "Folder of a model of the Qwen-VL families.")
 _TEXT_MODEL = flags.DEFINE_string("text_model", None, "Folder of another model, for text alone.")
+_MODEL_NAME = flags.DEFINE_string(
+    "model_name", "", "Stored with each caption. Default: the name of the folder."
+)
+_TEXT_MODEL_NAME = flags.DEFINE_string("text_model_name", "", "Likewise, of the model for text.")
 _DEVICE = flags.DEFINE_string("device", "auto", "cuda, cuda:1, cpu. Default: a GPU if there is.")
 _DTYPE = flags.DEFINE_string("dtype", "auto", "bfloat16, float32. Default: by the device.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Requests that are answered together.")
@@ -198,10 +202,14 @@ def _backends(wanted: Wanted) -> tuple[backends.Opener, backends.Opener | None]:
         extra=_EXTRA.value,
     )
     look, text = (
-        local(model) if model else servers(tuple(urls), name) if urls else None
-        for model, urls, name in (
-            (_MODEL.value, _SERVER.value, _SERVER_MODEL.value),
-            (_TEXT_MODEL.value, _TEXT_SERVER.value, _TEXT_SERVER_MODEL.value),
+        local(path.value, name=name.value)
+        if path.value
+        else servers(tuple(urls.value), model.value)
+        if urls.value
+        else None
+        for path, name, urls, model in (
+            (_MODEL, _MODEL_NAME, _SERVER, _SERVER_MODEL),
+            (_TEXT_MODEL, _TEXT_MODEL_NAME, _TEXT_SERVER, _TEXT_SERVER_MODEL),
         )
     )
     if text and not talks_of_text(wanted):

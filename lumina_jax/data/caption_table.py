@@ -61,7 +61,12 @@ _REMAKE = "Make the table again with tools/caption.py."
 MODES = ("replace", "add")
 # Of all tables. The records of a bucket are spread over the source, and so over many pieces.
 _PIECES_IN_MEMORY = 64
-_DAMAGE = (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError, zlib.error)
+_MAX_BYTES = 2**28  # of a piece, unpacked
+# Of JSON that is nested too deep, and of numbers that are none, the last two.
+_DAMAGE = (
+    AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError, zlib.error,
+    RecursionError, OverflowError,
+)  # fmt: skip
 
 
 class Written(NamedTuple):
@@ -157,7 +162,13 @@ def read_rows(directory: epath.PathLike, piece: Piece) -> list[Row]:
 
 
 def _read_lines(directory: epath.PathLike, piece: Piece) -> list[bytes]:
-    return gzip.decompress((epath.Path(directory) / piece.name).read_bytes()).splitlines()
+    unzip = zlib.decompressobj(wbits=31)  # gzip
+    content = unzip.decompress((epath.Path(directory) / piece.name).read_bytes(), _MAX_BYTES)
+    if unzip.unconsumed_tail:
+        raise ValueError(f"it unpacks to more than {_MAX_BYTES:,} bytes")
+    if not unzip.eof or unzip.unused_data:
+        raise EOFError("its end is missing, or is not where it should be")
+    return content.splitlines()
 
 
 @contextlib.contextmanager
@@ -165,7 +176,7 @@ def _checked(directory: epath.PathLike, piece: Piece) -> Iterator[None]:
     """Says of any fault in what a piece holds which file it is in."""
     try:
         yield
-    except (gzip.BadGzipFile, *_DAMAGE) as error:
+    except _DAMAGE as error:
         path = epath.Path(directory) / piece.name
         raise InputError(f"{path} is damaged ({error!r}). Delete it. {_REMAKE}") from error
 

@@ -1,6 +1,7 @@
 """The record reader: what a data set holds, from the bytes of a picture to the manifest."""
 
 import contextlib
+import gzip
 import io
 import json
 import pathlib
@@ -11,8 +12,8 @@ import numpy as np
 from hypothesis import strategies as st
 from tensorflow_datasets.proto import tf_example_pb2
 
-from lumina_jax.data import images, records, statistics
-from lumina_jax.data.captions import Caption
+from lumina_jax.data import caption_table, images, records, statistics
+from lumina_jax.data.captions import KINDS, Caption
 from lumina_jax.data.loader import Dataset, Loader
 from lumina_jax.data.records import Manifest, Record, Records
 from lumina_jax.data.sources import make_source
@@ -237,7 +238,34 @@ def _read_source(path: pathlib.Path, kind: str):
     return check
 
 
+def caption_table_piece(folder: pathlib.Path):
+    """A table of captions: a row of it, read as all rows are and looked up by its id."""
+    written = caption_table.Written("A card.", "long", "en", "model", "1-0", 0)
+    excluded = caption_table.Excluded("tags", "zh", "loop", "card", "card, card")
+    row = caption_table.Row("x", (written,), (excluded,), None, (("tags", "zh", "loop"),), (9, 4))
+    piece = caption_table.Piece(0, 0)
+    (folder / caption_table.SETTINGS).write_text("{}")
+    caption_table.write_rows(folder, piece, [row, caption_table.Row("y", fault=("lost", "y"))])
+    caption_table.finish(folder, {})
+    path = folder / piece.name
+    lines = gzip.decompress(path.read_bytes()).splitlines()
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content if content[:2] == b"\x1f\x8b" else gzip.compress(content))
+        caption_table._kept_lines.cache_clear()
+        (captions,) = caption_table.Table.load(folder).find(["x"])
+        for caption in captions:
+            assert caption.kind in KINDS
+            caption.text.encode()
+        for found in caption_table.read_rows(folder, piece):
+            json.dumps(found, ensure_ascii=False).encode()
+
+    seeds = mutations.json_files([json.loads(line) for line in lines])
+    return st.one_of(seeds, mutations.files([path.read_bytes()])), check, lines[0]
+
+
 TARGETS = {
     "example": (example, 8), "manifest": (manifest, 3), "shard": (shard, 3),
     "raw_picture": (raw_picture, 4), "archive": (archive, 2), "json_lines": (json_lines, 2),
+    "caption_table": (caption_table_piece, 2),
 }  # fmt: skip

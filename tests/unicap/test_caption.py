@@ -82,6 +82,29 @@ def test_a_pilot_of_drawings_in_another_language_with_prompts_of_ones_own(tmp_pa
     assert len(list(table.rows())) == 4
 
 
+def test_a_model_with_random_weights_writes_nothing_that_passes(photos, tmp_path):
+    """All the way through transformers: each answer is looked at, none is a caption."""
+    pytest.importorskip("torch")
+    from tests.unicap import tiny_qwen
+
+    model = tiny_qwen.save(tmp_path / "tiny", "qwen2_5_vl")
+    done = caption(
+        *("folder", f"--input={photos}", f"--output={tmp_path / 'table'}", f"--model={model}"),
+        *("--kinds=short", "--languages=en,de", "--attempts=2", "--device=cpu", "--pilot=2"),
+    )
+    assert done.returncode == 0, done.stderr
+    table = Table.load(tmp_path / "table")
+    assert table.settings["models"][0].startswith("tiny-")
+    rows = [row for row in table.rows() if row.fault is None]
+    assert len(rows) == 2
+    for row in rows:
+        assert row.captions == ()
+        assert [e.language for e in row.excluded] == ["en", "de"]
+        assert row.excluded[1].fault == "nothing to make it from"
+        assert len(row.rejected) == 2
+        assert row.tokens[1] > 0
+
+
 def test_servers_that_are_gone_end_the_command_to_be_given_again(photos, tmp_path):
     with captioning_server.running() as server:
         pass

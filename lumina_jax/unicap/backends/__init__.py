@@ -30,6 +30,7 @@ class Local:
     dtype: str = "auto"
     batch_size: int = 8
     max_pixels: int = 1_003_520
+    name: str = ""
 
     def __call__(self) -> Backend:
         from lumina_jax.unicap.backends.local import LocalBackend
