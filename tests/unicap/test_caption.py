@@ -82,6 +82,7 @@ def test_a_pilot_of_drawings_in_another_language_with_prompts_of_ones_own(tmp_pa
     assert len(list(table.rows())) == 4
 
 
+@pytest.mark.slow
 def test_a_model_with_random_weights_writes_nothing_that_passes(photos, tmp_path):
     """All the way through transformers: each answer is looked at, none is a caption."""
     pytest.importorskip("torch")
