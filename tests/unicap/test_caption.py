@@ -8,7 +8,11 @@ import sys
 import pytest
 from PIL import Image
 
-from lumina_jax.data.caption_table import Table
+from lumina_jax.data import prepare
+from lumina_jax.data.caption_table import Merge, Table
+from lumina_jax.data.records import Manifest
+from lumina_jax.data.sources import make_source
+from lumina_jax.data.sources.captioned import WithTable
 from tests.unicap import captioning_server
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -58,6 +62,14 @@ def test_a_folder_without_captions_gets_them_from_a_server(photos, tmp_path):
     assert sum(report["lengths"]["long/en"].values()) == 8  # counted as the text encoder reads them
     assert again.returncode == 0, again.stderr
     assert asked <= 64 * 5 // 4 + 4  # the finished table was left alone
+
+    source = WithTable(make_source("folder", str(photos), needs_captions=False), Merge((table,)))
+    targets = prepare.make_targets(tmp_path / "data", [64])
+    prepared = prepare.prepare(source, tmp_path / "data", targets)
+    assert prepared.written == (8,)
+    manifest = Manifest.load(tmp_path / "data")
+    assert manifest.kinds == ("long", "medium", "short", "tags")
+    assert manifest.languages == ("en", "zh")
 
 
 def test_a_pilot_of_drawings_in_another_language_with_prompts_of_ones_own(tmp_path):
