@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,16 @@ from tests.unicap.small_captioner import SmallCaptioner
 
 # misbehave(number of the request, its body) -> how, or None to answer as one should.
 Misbehave = Callable[[int, dict[str, Any]], str | None]
+
+
+# Their text ("" is the right one), and why they end.
+_ODD_ANSWERS = {
+    "no text": (None, "stop"),
+    "only thought": (None, "length"),
+    "filtered": ("", "content_filter"),
+    "aborted": ("A plain", "abort"),
+    "half a letter": ("A \ud83d surface", "stop"),
+}
 
 
 class CaptioningServer(ThreadingHTTPServer):
@@ -97,22 +108,25 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, b"<html>502 Bad Gateway</html>")
         elif how == "other JSON":
             self._send(200, {"object": "error"})
-        elif how == "no text":
+        elif how in _ODD_ANSWERS:
             answer = self._answer(body)
-            answer["choices"][0]["message"]["content"] = None
+            choice = answer["choices"][0]
+            text, choice["finish_reason"] = _ODD_ANSWERS[how]
+            choice["message"]["content"] = choice["message"]["content"] if text == "" else text
             self._send(200, answer)
-        elif how == "filtered":
-            answer = self._answer(body)
-            answer["choices"][0]["finish_reason"] = "content_filter"
+        elif how == "endless usage":
+            answer = self._answer(body) | {"usage": {"prompt_tokens": float("inf")}}
             self._send(200, answer)
+        elif how == "hang":
+            time.sleep(1.0)
         elif how == "cut":  # breaks off in the middle of the answer
             content = json.dumps(self._answer(body)).encode()
             self._head(200, {"Content-Length": str(len(content))})
             self.wfile.write(content[: len(content) // 2])
             self.wfile.flush()
-            self.connection.close()
+            self._hang_up()
         elif how == "reset":
-            self.connection.close()
+            self._hang_up()
         elif how == "dribble":  # a byte now and then, for longer than anybody waits
             self._head(200, {"Content-Length": "100000"})
             with contextlib.suppress(OSError):
@@ -128,6 +142,10 @@ class _Handler(BaseHTTPRequestHandler):
                     self.wfile.write(block)
         else:
             raise ValueError(how)
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _send(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
         content = content if isinstance(content, bytes) else json.dumps(content).encode()

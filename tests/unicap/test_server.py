@@ -18,7 +18,7 @@ from tests.unicap.small_captioner import write
 PROMPT = load_prompts().look("short", "en")
 RED = Image.new("RGB", (40, 30), (220, 40, 40))
 ANSWER = write("short", "en", "red", "40x30")
-QUICK = {"timeout": 0.5, "patience": 20.0, "sleep": lambda seconds: time.sleep(seconds / 50)}
+QUICK = {"timeout": 0.5, "patience": 20.0, "rest": 0.02}
 
 
 def request(**changed):
@@ -51,7 +51,7 @@ def test_an_answer_comes_with_its_tokens_and_the_only_model_is_found():
 )
 def test_what_fails_now_and_then_is_asked_again(how):
     def misbehave(number, body):
-        return how if number % 3 else None
+        return how if number in (0, 1, 3) else None
 
     with captioning_server.running(misbehave) as server:
         backend = ServerBackend([server.url], **QUICK)
@@ -76,6 +76,14 @@ def test_a_request_that_is_refused_costs_itself_alone(how, told):
     assert re.search(told, bad.fault.detail)
 
 
+@pytest.mark.parametrize("how", ["only thought", "aborted"])
+def test_an_answer_that_ends_elsewhere_is_not_finished(how):
+    with captioning_server.running(lambda number, body: how) as server:
+        (reply,) = ServerBackend([server.url], **QUICK).ask([request()])
+    assert reply.fault is None
+    assert not reply.finished
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_request_at_which_servers_fail_costs_itself_alone(alone):
     """Also where nothing else is under way, by which the server could be seen to live."""
@@ -87,8 +95,85 @@ def test_a_request_at_which_servers_fail_costs_itself_alone(alone):
         backend = ServerBackend([server.url], attempts=3, **QUICK)
         *others, bad = backend.ask([*([] if alone else [request()]), request(seed=7)])
     assert [reply.text for reply in others] == [] if alone else [ANSWER]
-    assert bad.fault.reason == "server failed"
+    assert bad.fault.reason == "servers failed at it"
     assert "told to answer 500" in bad.fault.detail
+
+
+def test_a_picture_that_hangs_its_server_costs_itself_alone():
+    """Also where all others are done, so that nobody else is answered for longer than patience."""
+
+    def misbehave(number, body):
+        return "hang" if body["seed"] == 7 else None
+
+    with captioning_server.running(misbehave) as server:
+        given = QUICK | {"timeout": 0.2, "patience": 0.3}
+        backend = ServerBackend([server.url], concurrency=2, **given)
+        replies = backend.ask([request(seed=seed) for seed in range(12)])
+    assert [reply.text for reply in replies] == [ANSWER] * 7 + [""] + [ANSWER] * 4
+    assert replies[7].fault.reason == "servers failed at it"
+    assert "not answered" in replies[7].fault.detail
+
+
+@pytest.mark.parametrize("how", ["busy", "429", "503"])
+def test_a_busy_server_costs_no_request_and_is_asked_less_at_once(how):
+    """It takes three at a time."""
+
+    def misbehave(number, body):
+        time.sleep(0.02)
+        return how if server.under_way > 3 else None
+
+    with captioning_server.running(misbehave) as server:
+        backend = ServerBackend([server.url], concurrency=24, attempts=2, **QUICK)
+        replies = backend.ask([request() for _ in range(60)])
+    assert [reply.text for reply in replies] == [ANSWER] * 60
+    assert server.num_requests < 3 * 60
+
+
+@pytest.mark.parametrize("other", ["gone", "500"])
+def test_a_server_that_fails_at_once_does_not_draw_the_work_to_it(other):
+    def misbehave(number, body):
+        time.sleep(0.05)
+
+    with (
+        captioning_server.running(misbehave) as good,
+        captioning_server.running(lambda number, body: "500") as bad,
+    ):
+        if other == "gone":
+            bad.shutdown()
+            bad.server_close()
+        backend = ServerBackend([bad.url, good.url], "small-vl", concurrency=12, patience=20.0)
+        replies = backend.ask([request() for _ in range(60)])
+    assert [reply.text for reply in replies] == [ANSWER] * 60
+    assert good.most_under_way >= 8
+    assert bad.num_requests < 30
+
+
+def test_a_server_that_refuses_the_key_is_left_for_the_other():
+    with (
+        captioning_server.running() as good,
+        captioning_server.running(lambda number, body: "401") as bad,
+    ):
+        backend = ServerBackend([bad.url, good.url], "small-vl", **QUICK)
+        replies = backend.ask([request() for _ in range(10)])
+    assert [reply.text for reply in replies] == [ANSWER] * 10
+
+
+def test_servers_that_are_back_are_asked_again_and_idle_time_is_no_silence():
+    down = [True]
+    with captioning_server.running(lambda number, body: "503" if down else None) as server:
+        backend = ServerBackend([server.url], **QUICK | {"patience": 0.3})
+        with pytest.raises(RestartError):
+            backend.ask([request()])
+        time.sleep(0.4)
+        server.misbehave = lambda number, body: "503" if server.num_requests % 2 else None
+        (reply,) = backend.ask([request()])
+    assert reply.text == ANSWER
+
+
+def test_a_picture_that_no_format_takes_is_refused_alone():
+    backend = ServerBackend(["http://127.0.0.1:1/v1"], "small-vl")
+    (reply,) = backend.ask([Request(PROMPT, Image.new("RGB", (70_000, 1)))])
+    assert reply.fault.reason == "cannot be sent"
 
 
 def test_servers_that_fail_at_everything_lose_no_request():
@@ -175,8 +260,12 @@ def test_several_models_have_to_be_told_apart():
     [
         ([], {}, "one or more, each once"),
         (["localhost:8000"], {}, "'localhost:8000' is no http"),
+        (["http://a:b/v1"], {}, "'http://a:b/v1' is no URL"),
+        (["http:///v1"], {}, "names no host"),
+        (["http://a/v1"], {"extra": {"messages": []}}, "messages are those of the command"),
+        (["http://a/v1"], {"timeout": float("inf")}, "timeout=inf must be a number above 0"),
         (["http://a/v1"], {"concurrency": 0}, "must be 1 or more"),
-        (["http://a/v1"], {"timeout": 0.0}, "timeout=0.0 must be above 0"),
+        (["http://a/v1"], {"timeout": 0.0}, "timeout=0.0 must be a number above 0"),
     ],
 )
 def test_what_cannot_be_is_refused(urls, given, told):

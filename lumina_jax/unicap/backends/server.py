@@ -4,17 +4,26 @@
     python tools/caption.py folder --input=photos --server=http://localhost:8000/v1 ...
 
 A server under load refuses, a proxy before it breaks off, a node of it dies. So each request is
-tried again, at another server where there are several, until it is answered, or until it is clear
-what is wrong: this request (it costs one caption), the command (InputError), or the servers (the
-command ends, and goes on when it is given again).
+tried again, until it is answered, or until it is clear what is wrong:
 
-Every answer is read under a deadline and a limit of bytes: what sends one byte a minute for ever
-is a failure too.
+    the server    busy, broken, gone. It rests, for longer each time, and others are asked; of one
+                  that is busy less is asked at once (halved, and then one more with each answer, as
+                  TCP does). Nobody answers for `patience` seconds: the command ends, and goes on
+                  when it is given again.
+    the request   servers fail at it again and again, and answer others, if only an easy one. It
+                  costs one caption.
+    the command   a wrong key, URL or model: InputError.
+
+The body of an answer is read under a deadline and a limit of bytes: what sends one byte a minute
+for ever is a failure too.
 """
 
 import base64
+import dataclasses
+import email.utils
 import io
 import json
+import math
 import os
 import random
 import threading
@@ -26,20 +35,28 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import tenacity
 from PIL import Image
 
 from lumina_jax.data.images import Rejected
 from lumina_jax.data.sources.reading import without_secrets
 from lumina_jax.errors import InputError, RestartError
 from lumina_jax.unicap.backends.base import Reply, Request
+from lumina_jax.untrusted import text
 
 _MAX_ANSWER = 2**24  # bytes
-_MAX_WAIT = 60.0  # seconds between two attempts
+_MIN_REST, _MAX_REST = 0.5, 60.0  # seconds of a server after a failure, and after many
+_MAX_TOKENS = 2**31
+_MAX_TIMEOUTS = 3  # of a request; each costs `timeout` seconds
+_ASK = "/chat/completions"
 _SMALL = 256  # pixels; a picture below is sent without loss
-# Of HTTP: about this request alone, whoever is asked; about the command as a whole.
+# Of HTTP. About this request alone, whoever is asked:
 _OF_REQUEST = (400, 413, 415, 422, 451)
-_OF_COMMAND = (401, 403, 404, 405)
+# About the key, the URL or the model:
+_OF_COMMAND = (301, 302, 307, 308, 401, 402, 403, 404, 405)
+# About the server; it says nothing of the request:
+_BUSY = (429, 502, 503, 504, 529)
+_ENDS = ("stop", "eos", "eos_token", "stop_sequence")
+RESERVED = ("messages", "model", "max_tokens", "temperature", "seed", "stream")
 
 
 class _Failed(Exception):
@@ -47,12 +64,38 @@ class _Failed(Exception):
 
     Attributes:
         wait: seconds that the server asks for.
-        reached: whether a server was there to fail.
+        of_server: it says nothing about the request.
+        timed_out: it took longer than it may.
     """
 
-    def __init__(self, why: str, wait: float = 0.0, reached: bool = True):
+    def __init__(
+        self, why: str, wait: float = 0.0, *, of_server: bool = False, timed_out: bool = False
+    ):
         super().__init__(why)
-        self.wait, self.reached = wait, reached
+        self.wait, self.of_server, self.timed_out = wait, of_server, timed_out
+
+
+@dataclasses.dataclass
+class _Server:
+    """What is known of a server.
+
+    Attributes:
+        url: of its API.
+        limit: requests that may be under way at it; it has a fraction while it grows.
+        under_way: requests that are.
+        rests_until: on the monotonic clock.
+        num_failures: since its last answer.
+        answered: whether it has answered a question.
+        refusal: why it answers nobody who comes with this key and this model.
+    """
+
+    url: str
+    limit: float
+    under_way: int = 0
+    rests_until: float = 0.0
+    num_failures: int = 0
+    answered: bool = False
+    refusal: str = ""
 
 
 class ServerBackend:
@@ -70,7 +113,7 @@ class ServerBackend:
         requests_per_minute: at most, over all servers; 0 is no limit.
         api_key: sent as a bearer token; it is never written anywhere.
         extra: more fields of each request, such as {"repetition_penalty": 1.05}.
-        sleep: for tests.
+        rest: seconds of a server after its first failure.
     """
 
     in_threads = True
@@ -87,26 +130,23 @@ class ServerBackend:
         requests_per_minute: float = 0.0,
         api_key: str = "",
         extra: Mapping[str, Any] | None = None,
-        sleep: Callable[[float], Any] | None = None,
+        rest: float = _MIN_REST,
     ):
-        _check(urls, concurrency, timeout, attempts, patience, requests_per_minute)
-        self._urls = [url.rstrip("/") for url in urls]
-        self._timeout, self._attempts, self._patience = timeout, attempts, patience
         self._extra = dict(extra or {})
+        _check(urls, concurrency, attempts, timeout, patience, requests_per_minute, self._extra)
+        self._servers = [_Server(url.rstrip("/"), float(concurrency)) for url in urls]
+        self._timeout, self._attempts, self._patience = timeout, attempts, patience
+        self._rest = rest
         self.num_pictures = concurrency
         self._client = httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0), pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         )
         weakref.finalize(self, self._client.close)
         self._pace = _Pace(requests_per_minute)
-        self._lock = threading.Lock()
-        self._under_way = dict.fromkeys(self._urls, 0)
+        self._free = threading.Condition()  # guards the servers
         self._last_answer = time.monotonic()
-        self._end: BaseException | None = None
-        self._ended = threading.Event()
-        self._sleep = sleep or self._ended.wait
         self.model = model or self._only_model()
 
     def ask(self, requests: Sequence[Request]) -> list[Reply]:
@@ -117,13 +157,10 @@ class ServerBackend:
             return list(pool.map(self._ask, requests))
 
     def _ask(self, request: Request) -> Reply:
-        body = self._body(request)
         try:
-            return self._until_answered("/chat/completions", body, _reply)
-        except _Failed as failed:
-            return Reply("", fault=Rejected("server failed", str(failed)))
-        except Rejected as refused:
-            return Reply("", fault=refused)
+            return self._until_answered(_ASK, self._body(request), _reply)
+        except Rejected as fault:
+            return Reply("", fault=fault)
 
     def _body(self, request: Request) -> dict[str, Any]:
         content: list[dict[str, Any]] = [{"type": "text", "text": request.prompt}]
@@ -140,16 +177,17 @@ class ServerBackend:
         }
 
     def _only_model(self) -> str:
+        first = self._servers[0].url
         try:
             names = self._until_answered("/models", None, _model_names)
-        except (_Failed, Rejected) as error:
+        except Rejected as error:
             raise InputError(
-                f"{self._urls[0]} does not say which models it has ({error}). Name one: "
+                f"{without_secrets(first)} does not say which models it has ({error}). Name one: "
                 "--server_model=..."
             ) from error
         if len(names) != 1:
             raise InputError(
-                f"{self._urls[0]} has the models {', '.join(names) or 'none'}. Name one: "
+                f"{without_secrets(first)} has the models {', '.join(names) or 'none'}. Name one: "
                 "--server_model=..."
             )
         return names[0]
@@ -157,71 +195,70 @@ class ServerBackend:
     def _until_answered(
         self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], Any]
     ) -> Any:
-        """Returns what `read` makes of the answer; attempts that fail are made again."""
-        began = time.monotonic()
-
-        def give_up(state: tenacity.RetryCallState) -> bool:
-            failed = state.outcome.exception()
-            silent = time.monotonic() - self._last_answer
+        """Returns what `read` makes of the answer; Rejected where the request is at fault."""
+        began, last = time.monotonic(), None
+        num_failed = num_timed_out = 0
+        while True:
+            self._pace.wait()
+            with self._some_server(but=last) as server:
+                try:
+                    return self._once(server, path, body, read)
+                except _Failed as error:
+                    failed, last = error, server
+                    self._failed(server, error)
+            num_failed += not failed.of_server
+            num_timed_out += failed.timed_out
+            silent = time.monotonic() - max(self._last_answer, began)
+            at_fault = num_failed >= self._attempts or num_timed_out >= _MAX_TIMEOUTS
+            if (at_fault or (num_failed and silent > self._patience)) and (
+                self._last_answer > began or self._lives()
+            ):
+                raise Rejected("servers failed at it", str(failed)) from failed
             if silent > self._patience:
+                urls = ", ".join(without_secrets(server.url) for server in self._servers)
                 raise RestartError(
-                    f"No answer of {', '.join(map(without_secrets, self._urls))} for "
-                    f"{silent:.0f} s; the last one: {failed}. What is done is kept: start the "
-                    "servers, and give the same command again."
-                )
-            if not failed.reached or state.attempt_number < self._attempts:
-                return False  # that nobody is there says nothing about the request
-            return self._last_answer > began or self._lives()
-
-        def wait(state: tenacity.RetryCallState) -> float:
-            most = min(_MAX_WAIT, 0.5 * 2**state.attempt_number)
-            return max(state.outcome.exception().wait, random.uniform(most / 2, most))
-
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_Failed),
-            stop=give_up,
-            wait=wait,
-            sleep=self._sleep,
-            reraise=True,
-        )
-        try:
-            return retrying(self._once, path, body, read)
-        except (InputError, RestartError) as error:
-            self._end = self._end or error  # the other threads need not find out for themselves
-            self._ended.set()
-            raise
+                    f"No answer of {urls} for {silent:.0f} s; the last one: {failed}. What is done "
+                    "is kept: start the servers, and give the same command again."
+                ) from failed
 
     def _lives(self) -> bool:
-        """Whether the easiest question is answered."""
-        try:
-            body = self._body(Request("Say yes.", max_tokens=1))
-            self._once("/chat/completions", body, _reply)
-        except (_Failed, Rejected):
-            return False
-        return True
+        """Whether some server answers the easiest question."""
+        body = self._body(Request("Say yes.", max_tokens=1))
+        for server in self._servers:
+            try:
+                self._once(server, _ASK, body, _reply)
+            except (_Failed, Rejected):
+                continue
+            return True
+        return False
 
-    def _once(self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], Any]) -> Any:
-        if self._end is not None:
-            raise self._end
-        self._pace.wait(self._sleep)
-        with self._some_server() as url:
-            status, headers, content = self._exchange(url + path, body)
+    def _once(
+        self,
+        server: _Server,
+        path: str,
+        body: Mapping[str, Any] | None,
+        read: Callable[[Any], Any],
+    ) -> Any:
+        status, headers, content = self._exchange(server.url + path, body)
         told = content[:300].decode(errors="replace").strip()
-        if status in _OF_COMMAND:
-            raise InputError(
-                f"{without_secrets(url)}{path} answers {status}: {told}. Check the URL (it ends in "
-                "/v1 as a rule), the name of the model and the key."
-            )
-        if status in _OF_REQUEST:
-            self._last_answer = time.monotonic()
+        if status in _OF_COMMAND and not (status == 403 and server.answered):
+            self._refused(server, f"{without_secrets(server.url)}{path} answers {status}: {told}")
+        if status in (*_OF_REQUEST, 403):
+            self._answered(server, path)
             raise Rejected("refused by the server", f"{status}: {told}")
         if status != 200:
-            raise _Failed(f"{status}: {told}", wait=_retry_after(headers))
+            wait = _retry_after(headers)
+            raise _Failed(f"{status}: {told}", wait, of_server=status in _BUSY)
         try:
             answer = read(json.loads(content))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise _Failed(f"an answer that is none ({error!r}): {told}") from error
-        self._last_answer = time.monotonic()
+        except RecursionError as error:
+            raise _Failed("an answer that is none: JSON that is nested too deep") from error
+        except Rejected:
+            self._answered(server, path)
+            raise
+        self._answered(server, path)
         return answer
 
     def _exchange(
@@ -235,28 +272,83 @@ class ServerBackend:
                 for piece in response.iter_bytes():
                     content += piece
                     if time.monotonic() > deadline:
-                        raise _Failed(f"not answered in full within {self._timeout:g} s")
+                        raise _Failed(
+                            f"not answered in full within {self._timeout:g} s", timed_out=True
+                        )
                     if len(content) > _MAX_ANSWER:
                         raise _Failed(f"an answer of more than {_MAX_ANSWER:,} bytes")
                 return response.status_code, response.headers, bytes(content)
-        except httpx.ConnectError as error:
-            raise _Failed(f"{without_secrets(url)}: {error}", reached=False) from error
-        except httpx.UnsupportedProtocol as error:
-            raise InputError(f"{without_secrets(url)} is no URL of a server: {error}") from error
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise _Failed(f"{without_secrets(url)}: {error}", of_server=True) from error
+        except httpx.TimeoutException as error:
+            raise _Failed(f"not answered within {self._timeout:g} s", timed_out=True) from error
         except httpx.HTTPError as error:
             raise _Failed(f"{type(error).__name__} {error}".strip()) from error
 
     @contextmanager
-    def _some_server(self) -> Iterator[str]:
-        with self._lock:
-            least = min(self._under_way.values())
-            url = random.choice([u for u, count in self._under_way.items() if count == least])
-            self._under_way[url] += 1
+    def _some_server(self, but: _Server | None) -> Iterator[_Server]:
+        """Waits for a server that may be asked: the one with the fewest under way.
+
+        Args:
+            but: the last one that failed, which is asked again only where there is no other.
+        """
+        with self._free:
+            while True:
+                now = time.monotonic()
+                if not (willing := [server for server in self._servers if not server.refusal]):
+                    raise self._wrong_command()
+                awake = [server for server in willing if server.rests_until <= now]
+                free = [server for server in awake if server.under_way < int(server.limit)]
+                free = [server for server in free if server is not but] or free
+                busy = sum(server.under_way for server in self._servers) >= self.num_pictures
+                if free and not busy:
+                    break
+                rests = [s.rests_until - now for s in willing if s.rests_until > now]
+                self._free.wait(min(rests, default=None))
+            least = min(server.under_way for server in free)
+            server = random.choice([server for server in free if server.under_way == least])
+            server.under_way += 1
         try:
-            yield url
+            yield server
         finally:
-            with self._lock:
-                self._under_way[url] -= 1
+            with self._free:
+                server.under_way -= 1
+                self._free.notify_all()
+
+    def _answered(self, server: _Server, path: str) -> None:
+        with self._free:
+            self._last_answer = time.monotonic()
+            server.answered |= path == _ASK
+            server.num_failures = 0
+            server.limit = min(server.limit + 1 / server.limit, self.num_pictures)
+
+    def _failed(self, server: _Server, failed: _Failed) -> None:
+        """The server rests, unless it does already: requests fail together."""
+        with self._free:
+            now = time.monotonic()
+            if server.rests_until > now:
+                return
+            server.num_failures += 1
+            most = min(self._rest * 2 ** (server.num_failures - 1), _MAX_REST)
+            server.rests_until = now + max(failed.wait, random.uniform(most / 2, most))
+            if failed.of_server:
+                server.limit = max(server.limit / 2, 1.0)
+
+    def _refused(self, server: _Server, why: str) -> None:
+        """The server is asked no more; raises what that means."""
+        with self._free:
+            server.refusal = why
+            self._free.notify_all()
+            if all(other.refusal for other in self._servers):
+                raise self._wrong_command()
+        raise _Failed(why, of_server=True)
+
+    def _wrong_command(self) -> InputError:
+        reasons = [server.refusal for server in self._servers]
+        return InputError(
+            f"{'; '.join(reasons[:3])}. Check the URL (it ends in /v1 as a rule), the name of the "
+            "model and the key."
+        )
 
 
 class _Pace:
@@ -266,54 +358,60 @@ class _Pace:
         self._apart = 60 / requests_per_minute if requests_per_minute else 0.0
         self._next, self._lock = 0.0, threading.Lock()
 
-    def wait(self, sleep: Callable[[float], Any]) -> None:
+    def wait(self) -> None:
         if not self._apart:
             return
         with self._lock:
             now = time.monotonic()
             begin = max(now, self._next)
             self._next = begin + self._apart
-        sleep(begin - now)
+        time.sleep(begin - now)
 
 
 def data_url(image: Image.Image) -> str:
-    """Returns a picture as a URL that holds it."""
+    """Returns a picture as a URL that holds it; raises Rejected where no format can."""
     content = io.BytesIO()
-    if max(image.size) < _SMALL:
-        image.save(content, "PNG")
-        kind = "png"
-    else:
-        image.save(content, "JPEG", quality=95)
-        kind = "jpeg"
+    kind = "png" if max(image.size) < _SMALL else "jpeg"
+    try:
+        image.save(content, kind, quality=95, subsampling=0)  # fine red writing needs its colour
+    except (OSError, ValueError) as error:
+        size = f"{image.width} x {image.height}"
+        raise Rejected("cannot be sent", f"{size} as {kind}: {error}") from error
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _reply(answer: Any) -> Reply:
     (choice, *_) = answer["choices"]
-    text, why = choice["message"]["content"], choice.get("finish_reason")
-    usage = answer.get("usage") or {}
+    message, why = choice["message"], choice.get("finish_reason")
+    content, usage = message["content"], answer.get("usage") or {}
     if why == "content_filter":
         raise Rejected("refused by the server", "its content filter")
-    if not isinstance(text, str):
-        raise TypeError(f"content is {text!r:.40}")
-    return Reply(
-        text,
-        finished=why != "length",
-        num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
-        num_tokens=int(usage.get("completion_tokens") or 0),
+    if refusal := message.get("refusal"):
+        raise Rejected("refused by the server", f"{refusal!s:.300}")
+    if content is None and why == "length":  # it only thought
+        content = ""
+    read, wrote = (
+        min(max(int(usage.get(f"{name}_tokens") or 0), 0), _MAX_TOKENS)
+        for name in ("prompt", "completion")
     )
+    return Reply(text(content), why in _ENDS, num_prompt_tokens=read, num_tokens=wrote)
 
 
 def _model_names(answer: Any) -> list[str]:
-    return [str(model["id"]) for model in answer["data"]]
+    return [text(model["id"]) for model in answer["data"]]
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Returns the seconds that a server asks for; a date of it is not believed."""
+    """Returns the seconds that a server asks for, which may be a date."""
+    given = headers.get("retry-after", "0")
     try:
-        return min(max(float(headers.get("retry-after", 0)), 0.0), 10 * _MAX_WAIT)
+        seconds = float(given)
     except ValueError:
-        return 0.0
+        try:
+            seconds = email.utils.parsedate_to_datetime(given).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), 10 * _MAX_REST) if math.isfinite(seconds) else 0.0
 
 
 def read_key(variable: str) -> str:
@@ -328,21 +426,32 @@ def read_key(variable: str) -> str:
 def _check(
     urls: Sequence[str],
     concurrency: int,
-    timeout: float,
     attempts: int,
+    timeout: float,
     patience: float,
     requests_per_minute: float,
+    extra: Mapping[str, Any],
 ) -> None:
-    faults = [f"{url!r} is no http:// or https:// URL" for url in urls
-              if not url.startswith(("http://", "https://"))]  # fmt: skip
+    faults = [f"{without_secrets(url)!r} {fault}" for url in urls if (fault := _url_fault(url))]
     if not urls or len(set(urls)) < len(urls):
         faults.append("servers must be one or more, each once")
     if concurrency < 1 or attempts < 1:
         faults.append(f"concurrency={concurrency} and attempts={attempts} must be 1 or more")
-    if not (timeout > 0 and patience >= 0 and requests_per_minute >= 0):
-        faults.append(
-            f"timeout={timeout} must be above 0, patience={patience} and "
-            f"requests_per_minute={requests_per_minute} not below"
-        )
+    numbers = {"timeout": timeout, "patience": patience}
+    for name, value in {**numbers, "requests_per_minute": requests_per_minute}.items():
+        if not (math.isfinite(value) and value >= 0) or (name == "timeout" and not value):
+            faults.append(f"{name}={value} must be a number above 0")
+    if reserved := sorted(set(extra) & set(RESERVED)):
+        faults.append(f"extra fields {', '.join(reserved)} are those of the command")
     if faults:
-        raise InputError(f"Servers {', '.join(urls)}: {'; '.join(faults)}.")
+        shown = ", ".join(map(without_secrets, urls))
+        raise InputError(f"Servers {shown or '()'}: {'; '.join(faults)}.")
+
+
+def _url_fault(url: str) -> str | None:
+    if not url.startswith(("http://", "https://")):
+        return "is no http:// or https:// URL"
+    try:
+        return None if httpx.URL(url).host else "names no host"
+    except httpx.InvalidURL as error:
+        return f"is no URL: {error}"
