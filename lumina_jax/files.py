@@ -8,7 +8,7 @@ import pathlib
 import re
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import fsspec
 from etils import epath
@@ -81,11 +81,22 @@ def is_json_with(path: epath.PathLike, keys: Collection[str]) -> bool:
         return False
 
 
-def remove_asides(folder: epath.PathLike) -> None:
-    """Removes what killed writers left; nobody may be writing to the folder any more."""
-    for name in sizes(folder):
-        if re.fullmatch(r"\..+\.[0-9a-f]{32}", name):
-            (epath.Path(folder) / name).unlink()
+def remove_asides(folder: epath.PathLike, of: tuple[str, ...] = ("",)) -> None:
+    """Removes what killed writers left; nobody may be writing to the folder any more.
+
+    Args:
+        folder: to look in.
+        of: how the names begin of the files that were to be written.
+    """
+    asides = [name for name in sizes(folder) if re.fullmatch(r"\..+\.[0-9a-f]{32}", name)]
+    remove_names(folder, [name for name in asides if name[1:].startswith(of)])
+
+
+def remove_names(folder: epath.PathLike, names: Sequence[str]) -> None:
+    """Removes files of a folder, a thousand with a request."""
+    fs, root = fsspec.core.url_to_fs(os.fspath(folder))
+    for start in range(0, len(names), 1000):
+        fs.rm([f"{root}/{name}" for name in names[start : start + 1000]])
 
 
 def move(path: epath.PathLike, target: epath.PathLike) -> None:
@@ -100,10 +111,7 @@ def move(path: epath.PathLike, target: epath.PathLike) -> None:
 
 def remove_folder(folder: epath.PathLike, last: str) -> None:
     """Removes a folder of files; the one called `last` says whose they are, so it goes last."""
-    fs, root = fsspec.core.url_to_fs(os.fspath(folder))
-    names = [name for name in sizes(folder) if name != last]
-    for start in range(0, len(names), 1000):
-        fs.rm([f"{root}/{name}" for name in names[start : start + 1000]])
+    remove_names(folder, [name for name in sizes(folder) if name != last])
     epath.Path(folder).rmtree(missing_ok=True)
 
 

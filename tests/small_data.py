@@ -12,11 +12,12 @@ from PIL import Image
 from lumina_jax import files
 from lumina_jax.data import caption_table, prepare, records
 from lumina_jax.data.buckets import Bucket
-from lumina_jax.data.caption_table import Piece, Row, Table, Written
+from lumina_jax.data.caption_table import PartIndex, Piece, Row, Table, Written
 from lumina_jax.data.captions import Caption
 from lumina_jax.data.records import Manifest, Record
 from lumina_jax.data.sources.base import Item, Part
 from lumina_jax.data.sources.openmoji import OpenMojiSource
+from lumina_jax.unicap.report import Counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +89,15 @@ def caption_row(id: str, *captions: Caption) -> Row:
 def make_caption_table(directory: os.PathLike | str, *pieces: Sequence[Row]) -> Table:
     """Writes a table of these pieces, two to a part, as `tools/caption.py` does."""
     files.write(epath.Path(directory) / caption_table.SETTINGS, '{"model": "a model"}')
-    for number, rows in enumerate(pieces):
-        caption_table.write_rows(directory, Piece(*divmod(number, 2)), rows)
-    caption_table.finish(directory, {"pictures": sum(map(len, pieces))})
+    for part in range(0, len(pieces), 2):
+        index, counts = PartIndex(), Counts()
+        for number, rows in enumerate(pieces[part : part + 2]):
+            caption_table.write_rows(directory, Piece(part // 2, number), rows)
+            index.add(rows)
+            for row in rows:
+                counts.add(row)
+        index.save(directory, part // 2, counts)
+    caption_table.finish(directory, Counts())
     return Table.load(directory)
 
 

@@ -45,6 +45,7 @@ from lumina_jax.unicap.gates import FAULTS
 from lumina_jax.unicap.prompts import load_prompts
 from lumina_jax.unicap.report import Counts
 from lumina_jax.unicap.tokens import TokenCounter
+from lumina_jax.untrusted import is_finite
 
 source_flags.define(captions=False)
 _OUTPUT = flags.DEFINE_string("output", None, "Directory of the table to write.")
@@ -112,8 +113,16 @@ _DOLLARS_PER_MILLION = flags.DEFINE_list(
 )
 
 
+FEW = 10  # times as many pictures as are worked on at once; fewer say little of the time
+
+
 def main(kind: str) -> None:
     prices = _prices()
+    if _OVERWRITE.value and _NUM_WORKERS.value != 1:
+        raise InputError(
+            "--overwrite would remove what the other workers have done, each time that one starts. "
+            "Remove the table once, by a command without --num_workers, or choose another output."
+        )
     source = source_flags.make(kind, resolution=512, needs_captions=False)
     if _PILOT.value < 0:
         raise InputError(f"--pilot={_PILOT.value} must be 1 or more pictures.")
@@ -132,6 +141,8 @@ def main(kind: str) -> None:
     prompts = load_prompts(_PROMPTS.value)
     count_tokens = _token_counter()
     look, text = _backends(wanted)
+    # Only now models are loaded and servers asked.
+    backend = backends.opened(backends.Two(look, text) if text else look)
     job = worker.Job(
         source,
         _OUTPUT.value,
@@ -143,17 +154,26 @@ def main(kind: str) -> None:
         count_tokens=count_tokens,
         max_tokens=count_tokens.max_tokens if count_tokens else 256,
     )
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = Console(
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+        emoji=False,
+        width=None if sys.stdout.isatty() else 120,
+    )
     try:
         job.begin(overwrite=_OVERWRITE.value)
         _run(job)
         counts = job.finish()
-    except OSError as error:
+    except InputError:
+        raise
+    except Exception as error:  # clients of stores raise what they like
         if not is_of_storage(error):
             raise
         logging.info("What failed:", exc_info=True)
         raise RestartError(
-            f"{error}. What is done is kept; mend it and give the same command again."
+            f"{_OUTPUT.value} or the pictures: {error}. What is done is kept; mend it and give the "
+            "same command again."
         ) from error
     if counts is None:
         left = len(job.missing())
@@ -165,7 +185,7 @@ def main(kind: str) -> None:
     path = epath.Path(_OUTPUT.value) / worker.REPORT
     files.write(path, json.dumps(counts.to_json(), indent=1, ensure_ascii=False) + "\n")
     print_report(console, counts)
-    print_estimate(console, counts, prices)
+    print_estimate(console, counts, prices, backend.num_pictures)
     console.print(
         f"The table is in {_OUTPUT.value}. Look at it: python tools/show_captions.py "
         f"--table={_OUTPUT.value} --output=runs/captions"
@@ -181,7 +201,8 @@ def _backends(wanted: Wanted) -> tuple[backends.Opener, backends.Opener | None]:
     if _TEXT_MODEL.value and _TEXT_SERVER.value:
         raise InputError("Give --text_model or --text_server, or neither; not both.")
     try:
-        if not isinstance(json.loads(_EXTRA.value), dict):
+        extra = json.loads(_EXTRA.value, parse_constant=_no_number)
+        if not isinstance(extra, dict):
             raise ValueError("it is no object")
     except ValueError as error:
         raise InputError(f"--extra={_EXTRA.value} is not a JSON object: {error}.") from None
@@ -220,9 +241,13 @@ def _backends(wanted: Wanted) -> tuple[backends.Opener, backends.Opener | None]:
     return look, text
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _run(job: worker.Job) -> None:
     if _ENGINE.value == "beam":
-        if _NUM_WORKERS.value != 1:
+        if _NUM_WORKERS.value != 1 or _WORKER.value:
             raise InputError("--engine=beam shares the work itself; leave --num_workers out.")
         engine.Beam(_BEAM_OPTIONS.value, progress_bar).run(
             "Captioning", job.caption_part, job.missing()
@@ -264,8 +289,16 @@ def _token_counter() -> TokenCounter | None:
 
 
 def _prices() -> tuple[float, float]:
+    numbers = (_NUM_PICTURES.value, _DOLLARS_PER_HOUR.value)
+    if not all(map(is_finite, numbers)) or not (numbers[0] > 0 and numbers[1] >= 0):
+        raise InputError(
+            f"--num_pictures={numbers[0]} must be above 0, and --dollars_per_hour={numbers[1]} not "
+            "below."
+        )
     try:
         read, written = map(float, _DOLLARS_PER_MILLION.value)
+        if not (is_finite(read) and is_finite(written) and min(read, written) >= 0):
+            raise ValueError
     except ValueError:
         raise InputError(
             f"--dollars_per_million_tokens={','.join(_DOLLARS_PER_MILLION.value)} is not two "
@@ -310,8 +343,17 @@ def print_report(console: Console, counts: Counts) -> None:
     console.print("")
 
 
-def print_estimate(console: Console, counts: Counts, prices: tuple[float, float]) -> None:
-    """Prints how fast it was, and what all pictures would take."""
+def print_estimate(
+    console: Console, counts: Counts, prices: tuple[float, float], at_once: int
+) -> None:
+    """Prints how fast it was, and what all pictures would take.
+
+    Args:
+        console: to print on.
+        counts: of the run.
+        prices: of a million tokens, read and written.
+        at_once: pictures that the models work on at the same time.
+    """
     found = report.estimate(
         counts,
         _NUM_PICTURES.value,
@@ -332,6 +374,12 @@ def print_estimate(console: Console, counts: Counts, prices: tuple[float, float]
         error = f" ± {found.dollars.error:,.0f}" if found.dollars.error else ""
         table.add_row("dollars", f"{found.dollars.value:,.0f}{error}")
     console.print(table)
+    if 0 < counts.num_timed < FEW * at_once:
+        console.print(
+            f"{counts.num_timed:,} pictures, {at_once:,} at a time: the models had less to do at "
+            f"the beginning and at the end, so the time is too long. {FEW * at_once:,} pictures "
+            "say it better.\n"
+        )
     if found.dollars is None:
         console.print(
             "What it costs: --dollars_per_hour of a worker, or --dollars_per_million_tokens.\n"

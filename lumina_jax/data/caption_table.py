@@ -5,7 +5,8 @@ without being encoded again. A directory of
 
     settings.json                        what the captions are made of, and how
     captions-000012-0003.jsonl.gz        rows: part 12 of the source, piece 3
-    part-000012.json                     counts of a part; written when all of its pieces are there
+    part-000012-0004.npz                 counts and ids of a part; written behind all of its pieces,
+                                         of which there are 4
     table.json                           counts of the table; written last: it means "complete"
     ids.npy, places.npy, pieces.npy      where the captions of which id are
 
@@ -37,12 +38,14 @@ import json
 import os
 import pathlib
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import fsspec
 import numpy as np
+from absl import logging
 from etils import epath
 from jaxtyping import Int32, UInt64
 
@@ -133,9 +136,22 @@ class Piece(NamedTuple):
         return None
 
 
-def part_name(number: int) -> str:
-    """Returns the file of the counts of a part."""
-    return f"part-{number:06d}.json"
+class PartName(NamedTuple):
+    """The file that says that a part is done, and with how many pieces."""
+
+    number: int
+    num_pieces: int
+
+    def __str__(self) -> str:
+        return f"part-{self.number:06d}-{self.num_pieces:04d}.npz"
+
+    @classmethod
+    def parse(cls, name: str) -> "PartName | None":
+        head, _, rest = name.removesuffix(".npz").partition("-")
+        number, _, num_pieces = rest.partition("-")
+        if head == "part" and name.endswith(".npz") and (number + num_pieces).isdecimal():
+            return cls(int(number), int(num_pieces))
+        return None
 
 
 def write_rows(directory: epath.PathLike, piece: Piece, rows: Iterable[Row]) -> None:
@@ -176,7 +192,7 @@ def _checked(directory: epath.PathLike, piece: Piece) -> Iterator[None]:
     """Says of any fault in what a piece holds which file it is in."""
     try:
         yield
-    except _DAMAGE as error:
+    except (FileNotFoundError, *_DAMAGE) as error:
         path = epath.Path(directory) / piece.name
         raise InputError(f"{path} is damaged ({error!r}). Delete it. {_REMAKE}") from error
 
@@ -206,44 +222,113 @@ def pieces(directory: epath.PathLike) -> list[Piece]:
     return sorted(piece for name in files.sizes(directory) if (piece := Piece.parse(name)))
 
 
-def finish(directory: epath.PathLike, summary: Mapping[str, Any]) -> None:
+def parts(directory: epath.PathLike) -> dict[int, PartName]:
+    """Returns the parts that are done, by number: those with all of their pieces."""
+    names = files.sizes(directory)
+    found = sorted(part for name in names if (part := PartName.parse(name)))
+    return {
+        part.number: part
+        for part in found
+        if all(Piece(part.number, n).name in names for n in range(part.num_pieces))
+    }
+
+
+@runtime_checkable
+class Summary(Protocol):
+    """Counts of rows, of whatever is of interest to the writer."""
+
+    def merge(self, content: Mapping[str, Any]) -> None:
+        """Adds what `to_json` gave for other rows."""
+        ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class PartIndex:
+    """What is known of the rows of a part without their texts: where the ids with captions are."""
+
+    def __init__(self):
+        self._ids: list[str] = []
+        self._places: list[tuple[int, int]] = []
+        self._content = hashlib.sha256()
+        self.num_pieces = 0
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Takes the next piece."""
+        captioned = [(line, row) for line, row in enumerate(rows) if row.captions]
+        self._ids += [row.id for _, row in captioned]
+        self._places += [(self.num_pieces, line) for line, _ in captioned]
+        said = json.dumps([(row.id, row.captions) for _, row in captioned])
+        self._content.update(said.encode())
+        self.num_pieces += 1
+
+    def save(self, directory: epath.PathLike, number: int, summary: Summary) -> None:
+        """Writes what says that the part is done."""
+        content = io.BytesIO()
+        np.savez(
+            content,
+            ids=_digests(self._ids),
+            places=np.array(self._places, np.int32).reshape(-1, 2),
+            content=np.frombuffer(self._content.digest(), np.uint8),
+            summary=np.frombuffer(json.dumps(summary.to_json()).encode(), np.uint8),
+        )
+        name = str(PartName(number, self.num_pieces))
+        files.write(epath.Path(directory) / name, content.getvalue())
+
+
+def finish(directory: epath.PathLike, summary: Summary) -> None:
     """Writes the index, then `table.json`, which says that all is there.
 
     It needs about a hundred bytes of memory for a picture. Who does it again writes the same.
 
     Args:
-        directory: of the table.
-        summary: its counts.
+        directory: of the table; all of its parts are done.
+        summary: takes the counts of the parts.
     """
     directory = epath.Path(directory)
-    found = pieces(directory)
+    found = list(parts(directory).values())
     digests, places = [np.zeros((0, 2), np.uint64)], [np.zeros((0, 2), np.int32)]
-    content = hashlib.sha256()
-    contents = in_threads(functools.partial(_captioned_lines, directory), found)
-    for number, (lines, ids, hashed) in enumerate(contents):
-        content.update(hashed)
-        digests.append(_digests(ids))
-        places.append(np.stack([np.full(len(lines), number), lines], axis=1).astype(np.int32))
+    content, first = hashlib.sha256(), 0
+    for part, arrays in zip(
+        found, in_threads(functools.partial(_load_part, directory), found), strict=True
+    ):
+        digests.append(arrays["ids"])
+        places.append(arrays["places"] + np.array([[first, 0]], np.int32))
+        content.update(arrays["content"].tobytes())
+        summary.merge(json.loads(arrays["summary"].tobytes()))
+        first += part.num_pieces
     ids, places = np.concatenate(digests), np.concatenate(places)
     del digests
     order = np.lexsort((ids[:, 1], ids[:, 0]))  # stable: of equal ids the first one stays first
-    _save(directory / IDS, ids[order])
+    ids = ids[order]
+    if repeated := int((ids[1:] == ids[:-1]).all(axis=1).sum()):
+        logging.warning(
+            "%d captioned pictures of %s have the id of one before them, whose captions are found.",
+            repeated, directory,
+        )  # fmt: skip
+    every = [(part.number, number) for part in found for number in range(part.num_pieces)]
+    _save(directory / IDS, ids)
     _save(directory / PLACES, places[order])
-    _save(directory / PIECES, np.array(found, np.int32).reshape(-1, 2))
-    table = {"format": FORMAT, "fingerprint": content.hexdigest(), "summary": dict(summary)}
+    _save(directory / PIECES, np.array(every, np.int32).reshape(-1, 2))
+    table = {
+        "format": FORMAT,
+        "fingerprint": content.hexdigest(),
+        "repeated_ids": repeated,
+        "summary": summary.to_json(),
+    }
     files.write(directory / TABLE, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
 
 
-def _captioned_lines(directory: epath.Path, piece: Piece) -> tuple[list[int], list[str], bytes]:
-    """Returns which lines of a piece have captions, their ids, and a digest of both."""
-    with _checked(directory, piece):
-        rows = [json.loads(line) for line in _read_lines(directory, piece)]
-        captioned = [number for number, row in enumerate(rows) if row["captions"]]
-        ids = [text(rows[number]["id"]) for number in captioned]
-        content = json.dumps(
-            [(rows[number]["id"], rows[number]["captions"]) for number in captioned]
-        )
-        return captioned, ids, hashlib.sha256(content.encode()).digest()
+def _load_part(directory: epath.Path, part: PartName) -> dict[str, np.ndarray]:
+    path = directory / str(part)
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            found = dict(arrays)
+        if found["ids"].shape != found["places"].shape or found["ids"].shape[1:] != (2,):
+            raise ValueError(f"shapes {found['ids'].shape} and {found['places'].shape}")
+        return found
+    except (zipfile.BadZipFile, *_DAMAGE) as error:
+        raise InputError(f"{path} is damaged ({error!r}). Delete it. {_REMAKE}") from error
 
 
 def _save(path: epath.Path, array: np.ndarray) -> None:

@@ -25,6 +25,9 @@ from lumina_jax.unicap.prompts import Prompts
 # Of an answer. A long caption of 1,800 letters has about 450 in English, in some scripts more.
 MAX_TOKENS = {"long": 1024, "medium": 384, "short": 128, "tags": 384}
 
+_MAX_EXCLUDED = 4000  # letters that are kept of an answer that is no caption
+_MAX_SEED = 2**31
+
 Conversation = Generator[Request, Reply, Row]
 
 
@@ -62,8 +65,10 @@ class Wanted:
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
                 faults.append(f"{name} {', '.join(given) or '()'} must be one or more, each once")
-        if self.attempts < 1:
-            faults.append(f"attempts={self.attempts} must be 1 or more")
+        if not 1 <= self.attempts <= 100:
+            faults.append(f"attempts={self.attempts} must be 1 to 100")
+        if not 0 <= self.seed < _MAX_SEED:
+            faults.append(f"seed={self.seed} must be 0 to {_MAX_SEED - 1}")
         for name in ("temperature", "retry_temperature"):
             if not 0 <= getattr(self, name) <= 2:
                 faults.append(f"{name}={getattr(self, name)} must be 0 to 2")
@@ -121,7 +126,12 @@ class Captioner:
                     read, wrote = read + reply.num_prompt_tokens, wrote + reply.num_tokens
                     text = tidy(reply.text, kind)
                     fault = check_reply(reply) or gates.check(
-                        text, kind=kind, language=language, asked=question.asked, siblings=siblings
+                        text,
+                        kind=kind,
+                        language=language,
+                        id=id,
+                        asked=question.asked,
+                        siblings=siblings,
                     )
                     text = one_line(text)
                     if fault is None:
@@ -130,13 +140,14 @@ class Captioner:
                         version = self._prompts.version
                         found = Written(text, kind, language, model, version, seed)
                         written[kind, language] = found
-                        gates.remember(text, kind, id)
                         break
                     rejected.append((kind, language, fault.name))
                     if reply.fault is not None:
                         break  # it would be the same again
                 if fault is not None:
-                    excluded.append(Excluded(kind, language, *fault, text))
+                    shown = _printable(text)[:_MAX_EXCLUDED]
+                    detail = _printable(fault.detail)
+                    excluded.append(Excluded(kind, language, fault.name, detail, shown))
         return Row(
             id,
             tuple(written.values()),
@@ -181,6 +192,11 @@ class Captioner:
             temperature=wanted.retry_temperature if attempt else wanted.temperature,
             seed=wanted.seed + attempt,
         )
+
+
+def _printable(text: str) -> str:
+    """Returns a text that can be written, whatever a model or a server has made of it."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def talks_of_text(wanted: Wanted) -> bool:

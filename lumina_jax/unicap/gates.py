@@ -5,6 +5,7 @@ talk to whoever asked, go round in circles, write in another language, or give e
 same text. `tidy` takes off what is no fault of the content; `Gates.check` names what is.
 """
 
+import collections
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +17,9 @@ from lumina_jax.unicap.prompts import Prompts
 
 FAULTS = {
     "no answer": "the model or its server gave none to this request",
-    "cut off": "the answer was longer than it may be",
+    "cut off": "the answer was longer than it may be, or ends inside of a sentence",
     "empty": "nothing is left of it",
+    "damaged text": "control characters, or the mark of bytes that are no text",
     "refusal": "the model will not answer, or says that it sees no picture",
     "chatter": "it talks to whoever asked",
     "prompt echo": "it repeats what it was asked",
@@ -33,28 +35,38 @@ FAULTS = {
 
 _QUOTES = (('"', '"'), ("“", "”"), ("「", "」"), ("『", "』"), ("‘", "’"), ("«", "»"))
 # Languages differ in which mark begins and which one ends: “en”, „de“, ”sv”, «fr», »da«.
-_QUOTED = re.compile(r'"[^"]*"|[“”„][^“”„]*[“”]|[«»][^«»]*[«»]|「[^」]*」|『[^』]*』')
+_QUOTED = re.compile(r'"[^"]*"|[“”„][^“”„]*[“”]|[«»][^«»]*[«»]|「[^」]*」|『[^』]*』|《[^》]*》')
 _EVEN = ("“”„", "«»")
 _PAIRS = ("()", "[]", "{}", "（）", "《》", "【】", "「」", "『』")
+# Halves that stand alone: 12" and 24”, smileys, the a) of an enumeration.
+_ALONE = re.compile(r"(?<=\d)[\"”]|[:;=]['-]?[)(\]\[}{]|(?<!\w)\w{1,2}\)")
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_DAMAGED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufffd\ufffe\uffff\ud800-\udfff]")
 _MARKUP = re.compile(
     r"""</?[a-zA-Z][^<>]{0,80}>       # HTML
       | ^\s{0,3}\#{1,6}\s             # a heading
       | ^\s{0,3}([-*+•]|\d{1,2}[.)])\s+\S   # an item of a list
+      | ^\s*\|.*\|                    # a table
       | \*\*[^*\s] | (?<!\w)__[^_\s]  # bold type
+      | (?<![\w*])\*[^\W\d_][^*]*\*(?![\w*])   # italics
       | ``                            # code
       | !?\[[^\]]*\]\([^)]*\)         # a link
-      | <\|.*?\|> | &(amp|lt|gt|quot|nbsp);""",
-    re.VERBOSE | re.MULTILINE,
+      | <\|.*?\|> | &(amp|lt|gt|quot|nbsp);
+      | ^\s*[{[]\s*""                 # JSON; what it quotes is taken out
+      | ^\s*(user|assistant|system|human)\s*:""",
+    re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
-_BETWEEN_TAGS = re.compile(r"\s*[,，、;；\n]\s*")
-_ITEM = re.compile(r"^([-*+•#]|\d{1,2}[.)])\s*")
+_TAG = re.compile(r"""(?:"[^"\n]*"|“[^”\n]*”|[^,，、;；،؛\n])+""")
+_ITEM = re.compile(r"^\s*([-*+•#]\s*|\d{1,2}[.)]\s+)")
 # A letter of a script without blanks is a word of its own.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]|[^\W_]+(?:['’-][^\W_]+)*")
 _ECHO_WORDS = 9  # in a row, of what was asked; fewer may be chance. Twice as many ideographs
-_LOOP_PERIOD, _LOOP_TIMES = 40, 4  # words; how often in a row
+_LOOP_PERIOD = 40  # words
 _NGRAM, _REPEATED = 4, 0.4  # a text of so many words, and how many of them it may have twice
-_BEGINNING = 160  # letters in which a refusal begins, if it is one
+_BEGINNING, _ENDING = 160, 240  # letters that are looked at for a refusal, and for chatter
+_TOO_LONG = 4  # times the most: nothing else is looked for, which would take long
+_OPEN_END = ",，、;；:："  # what no sentence ends with, nor with a letter, but in these languages:
+_NO_FULL_STOP = ("th",)
 _COMPARED = ("long", "medium")  # kinds that two pictures never share; "a red apple" they may
 
 
@@ -72,8 +84,16 @@ def tidy(text: str, kind: str) -> str:
     """
     text = _THOUGHT.sub("", text).replace("\u200b", "").strip()
     if kind == "tags":
-        tags = (_ITEM.sub("", tag).strip(" .。\"'“”") for tag in _BETWEEN_TAGS.split(text))
+        tags = (_without_quotes(_tidy_tag(tag)) for tag in _TAG.findall(text))
         return ", ".join({tag.casefold(): tag for tag in tags if tag}.values())
+    return _without_quotes(text)
+
+
+def _tidy_tag(tag: str) -> str:
+    return _ITEM.sub("", tag).strip().rstrip(".。").rstrip()
+
+
+def _without_quotes(text: str) -> str:
     for first, last in _QUOTES:
         inner = text[1:-1]
         if text[:1] == first and text[-1:] == last and not {first, last} & set(inner):
@@ -91,13 +111,11 @@ class Gates:
 
     def __init__(self, prompts: Prompts, wanted: Sequence[str]):
         self._prompts, self._wanted = prompts, tuple(wanted)
-        english = dict.fromkeys((*wanted, "en"))  # which models fall back to
         self._refusal, self._begins, self._ends = (
-            _any_of(prompts.answers(name, tuple(english)))
-            for name in ("refusals", "chatter_begins", "chatter_ends")
+            prompts.answers(name) for name in ("refusals", "chatter_begins", "chatter_ends")
         )
         languages.load(wanted)
-        self._seen: dict[str, str] = {}  # text -> id of its picture
+        self._claimed: dict[str, str] = {}  # text -> id of its picture
         self._lock = threading.Lock()
 
     def check(
@@ -106,75 +124,77 @@ class Gates:
         *,
         kind: str,
         language: str,
+        id: str = "",
         asked: str = "",
         siblings: Mapping[tuple[str, str], str] | None = None,
     ) -> Fault | None:
-        """Returns what is wrong with a text, None where nothing is.
+        """Returns what is wrong with a text; None where nothing is, and then the picture has it.
 
         Args:
             text: of `tidy`.
             kind: of the caption that it shall be.
             language: likewise.
+            id: of the picture.
             asked: the prompt, without the caption that it was about.
             siblings: the captions of the picture so far, by kind and language.
         """
-        if not any(map(str.isalnum, text)):
-            return Fault("empty", text[:40])
-        prose = _QUOTED.sub('""', text)  # what is quoted may say and be anything
-        for name, expression in (("refusal", self._refusal), ("chatter", self._begins)):
-            if expression and (
-                found := expression.match(prose[:_BEGINNING].lower().lstrip("*\"' "))
-            ):
-                return Fault(name, found[0])
-        last = re.split(r"(?<=[.!?。！？])\s*", prose.strip().lower())
-        final = next((piece for piece in reversed(last) if piece), "")
-        if self._ends and len(last) > 1 and (found := self._ends.match(final)):
-            return Fault("chatter", found[0])
-        found = next(self._faults(text, prose, kind, language, asked), None)
-        if found is None and (of := self._same(text, kind, language, siblings or {})):
-            found = Fault("duplicate", f"the text of {of}")
-        return found
-
-    def _faults(
-        self, text: str, prose: str, kind: str, language: str, asked: str
-    ) -> Iterator[Fault]:
-        if echo := _common_run(_words(prose), _words(asked)):
-            yield Fault("prompt echo", echo)
-        if loop := _loop(_words(prose)):
-            yield Fault("loop", loop)
-        if kind != "tags" and (found := _MARKUP.search(prose)):
-            yield Fault("markup", found[0].strip())
-        if found := _unbalanced(text, prose):
-            yield Fault("unbalanced", found)
-        if found := languages.other_language(prose.replace('""', ""), language, self._wanted):
-            yield Fault("wrong language", found)
-        least, most = self._prompts.of(language).length[kind]
-        size = text.count(", ") + 1 if kind == "tags" else len(text)
-        unit = "tags" if kind == "tags" else "characters"
-        if size < least:
-            yield Fault("too short", f"{size} {unit}, and {least} are the least")
-        if size > most:
-            yield Fault("too long", f"{size} {unit}, and {most} are the most")
-
-    def _same(
-        self, text: str, kind: str, language: str, siblings: Mapping[tuple[str, str], str]
-    ) -> str | None:
+        if (found := next(self._faults(text, kind, language, asked), None)) is not None:
+            return found
         key = normalized(text)
-        for (other_kind, other_language), other in siblings.items():
+        for (other_kind, other_language), other in (siblings or {}).items():
             # A word may be the same in two languages; a whole level of them is not.
             related = other_language == language or {kind, other_kind} <= set(_COMPARED)
             if related and normalized(other) == key:
-                return f"its {other_kind} caption in {other_language}"
-        if kind in _COMPARED:
-            with self._lock:
-                return self._seen.get(key)
-        return None
+                return Fault("duplicate", f"its {other_kind} caption in {other_language}")
+        owner = self.claim(text, kind, id)
+        return None if owner == id else Fault("duplicate", f"the text of {owner}")
 
-    def remember(self, text: str, kind: str, id: str) -> None:
-        """A text is the caption of a picture, and shall be that of no other."""
-        if kind in _COMPARED:
-            with self._lock:
-                self._seen.setdefault(normalized(text), id)
+    def claim(self, text: str, kind: str, id: str) -> str:
+        """Returns the picture that has a text: this one, unless another one came before it."""
+        if kind not in _COMPARED:
+            return id
+        with self._lock:
+            return self._claimed.setdefault(normalized(text), id)
+
+    def _faults(self, text: str, kind: str, language: str, asked: str) -> Iterator[Fault]:
+        if not any(map(str.isalnum, text)):
+            yield Fault("empty", text[:40])
+        if found := _DAMAGED.search(text):
+            yield Fault("damaged text", f"U+{ord(found[0]):04X}")
+        least, most = self._prompts.of(language).length[kind]
+        size = len(_TAG.findall(text)) if kind == "tags" else len(text)
+        unit = "tags" if kind == "tags" else "characters"
+        too_long = Fault("too long", f"{size} {unit}, and {most} are the most")
+        if size > _TOO_LONG * most or len(text) > _TOO_LONG * max(4096, most):
+            yield too_long
+        prose = _QUOTED.sub('""', text)  # what is quoted may say and be anything
+        plain = prose.lower().replace("’", "'").strip("*\"' \n")
+        words = _words(prose)
+        if self._refusal and (found := self._refusal.match(plain[:_BEGINNING])):
+            yield Fault("refusal", found[0])
+        if echo := _common_run(words, _words(asked)):
+            yield Fault("prompt echo", echo)
+        if self._begins and (found := self._begins.match(plain[:_BEGINNING])):
+            yield Fault("chatter", found[0])
+        if self._ends and (found := self._ends.search(plain[-_ENDING:])):
+            yield Fault("chatter", found[0].strip())
+        if loop := _loop(words):
+            yield Fault("loop", loop)
+        if kind != "tags" and (found := _MARKUP.search(prose)):
+            yield Fault("markup", found[0].strip()[:80])
+        if found := _unbalanced(text, prose):
+            yield Fault("unbalanced", found)
+        bare = prose.replace('""', "")
+        is_list = kind == "tags"
+        if found := languages.other_language(bare, language, self._wanted, is_list=is_list):
+            yield Fault("wrong language", found)
+        if size < least:
+            yield Fault("too short", f"{size} {unit}, and {least} are the least")
+        if size > most:
+            yield too_long
+        open_end = text[-1].isalpha() or text[-1] in _OPEN_END
+        if kind in ("long", "medium") and open_end and language not in _NO_FULL_STOP:
+            yield Fault("cut off", f"it ends in {text[-20:]!r}")
 
 
 def check_reply(reply: Reply) -> Fault | None:
@@ -191,10 +211,6 @@ def normalized(text: str) -> str:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _any_of(expressions: Sequence[str]) -> re.Pattern | None:
-    return re.compile("|".join(f"(?:{text})" for text in expressions)) if expressions else None
 
 
 def _words(text: str) -> list[str]:
@@ -214,19 +230,22 @@ def _common_run(words: Sequence[str], asked: Sequence[str]) -> str | None:
 
 def _loop(words: Sequence[str]) -> str | None:
     """Returns what is said again and again: words in a row, or most of the text."""
-    for period in range(1, min(_LOOP_PERIOD, len(words) // _LOOP_TIMES) + 1):
+    for period in range(1, min(_LOOP_PERIOD, len(words) // 4) + 1):
+        times = {1: 8, 2: 6}.get(period, 4)  # stripes may be red, white, red, white, red, white
         run = 0
         for i in range(period, len(words)):
             run = run + 1 if words[i] == words[i - period] else 0
-            if run >= period * (_LOOP_TIMES - 1) and run + period > _LOOP_TIMES:
+            if run >= period * (times - 1):
                 return " ".join(words[i - period + 1 : i + 1])
     runs = [tuple(words[i : i + _NGRAM]) for i in range(len(words) - _NGRAM + 1)]
-    if len(runs) >= 24 and len(set(runs)) < (1 - _REPEATED) * len(runs):
-        return " ".join(max(runs, key=runs.count))
+    counts = collections.Counter(runs)
+    if len(runs) >= 24 and len(counts) < (1 - _REPEATED) * len(runs):
+        return " ".join(counts.most_common(1)[0][0])
     return None
 
 
 def _unbalanced(text: str, prose: str) -> str | None:
+    prose, text = _ALONE.sub("", prose), _ALONE.sub("", text) if text.count('"') % 2 else text
     for first, last in _PAIRS:
         depth = 0
         for letter in prose:
@@ -236,7 +255,6 @@ def _unbalanced(text: str, prose: str) -> str | None:
         if depth:
             return first
     for marks in _EVEN:
-        if sum(text.count(mark) for mark in marks) % 2:
-            return next(mark for mark in text if mark in marks)
-    inches = len(re.findall(r'\d"', text))  # an odd one may be of a number
-    return '"' if text.count('"') % 2 and not inches else None
+        if sum(prose.count(mark) for mark in marks) % 2:
+            return next(mark for mark in prose if mark in marks)
+    return '"' if text.count('"') % 2 else None

@@ -10,7 +10,7 @@ import hashlib
 import pathlib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -29,7 +29,7 @@ _PARTS = {
     "length": KINDS,
     "answers": ("refusals", "chatter_begins", "chatter_ends"),
 }
-_FIELD = re.compile(r"\{([a-z]+)\}")
+_FIELD = re.compile(r"\{(\w+)\}")
 _FIELDS = {"look": set(), "condense": {"caption"}, "translate": {"caption", "from"}}
 
 
@@ -38,20 +38,16 @@ class LanguagePrompts:
     """The content of a file, with the name of the language filled in.
 
     Attributes:
-        name: of the language, in English.
         look: by kind, asked with the picture.
         condense: by kind, asked about a long caption.
         translate: "text" and "tags", asked about a caption of another language.
         length: by kind, the least and the most characters; of tags, how many.
-        answers: lists of regular expressions, of answers that are no captions.
     """
 
-    name: str
     look: Mapping[str, str]
     condense: Mapping[str, str]
     translate: Mapping[str, str]
     length: Mapping[str, tuple[int, int]]
-    answers: Mapping[str, tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +78,17 @@ class Prompts:
         prompt = prompt.replace("{from}", languages.name(source))
         return prompt.replace("{caption}", caption)  # last: braces in a caption are no fields
 
-    def answers(self, name: str, wanted: Sequence[str]) -> tuple[str, ...]:
-        """Returns the expressions of several languages: a model may answer in another one."""
-        found = (text for language in wanted for text in self.of(language).answers[name])
-        return tuple(dict.fromkeys(found))
+    def answers(self, name: str) -> re.Pattern | None:
+        """Returns what finds answers that are no captions, in small letters.
+
+        A model may refuse in any language, whatever it is asked for.
+
+        Args:
+            name: "refusals", "chatter_begins" or "chatter_ends".
+        """
+        every = [text for content in self.files.values() for text in content["answers"][name]]
+        joined = "|".join(f"(?:{text})" for text in dict.fromkeys(every))
+        return re.compile(joined) if joined else None
 
     # A dataclass of mappings is not hashable, and its version stands for it.
     def __hash__(self) -> int:
@@ -127,8 +130,7 @@ def load_prompts(folder: epath.PathLike | None = None) -> Prompts:
 
 
 def _faults(content: Mapping[str, Any]) -> list[str]:
-    faults = [] if isinstance(content.get("name"), str) else ["name is no text"]
-    faults += [f"[{part}] is unknown" for part in content.keys() - _PARTS.keys() - {"name"}]
+    faults = [f"[{part}] is unknown" for part in content.keys() - _PARTS.keys()]
     for part, names in _PARTS.items():
         given = content.get(part)
         if not isinstance(given, dict):
@@ -151,7 +153,8 @@ def _value_fault(part: str, value: Any) -> str | None:
             return "is no list of texts"
         for text in value:
             try:
-                re.compile(text)
+                if re.compile(f"(?:{text})").search(""):
+                    return f"has {text!r}, which finds something in every answer"
             except re.error as error:
                 return f"has {text!r}, which is no regular expression: {error}"
         return None
@@ -176,10 +179,8 @@ def _fill(prompts: Prompts, language: str) -> LanguagePrompts:
         }
 
     return LanguagePrompts(
-        name=name,
         look=fill("look"),
         condense=fill("condense"),
         translate=fill("translate"),
         length={kind: tuple(bounds) for kind, bounds in content["length"].items()},
-        answers={key: tuple(texts) for key, texts in content["answers"].items()},
     )

@@ -14,7 +14,6 @@ from lumina_jax.data.captions import KINDS
 
 NUM_SAMPLES = 5  # of each fault
 _SHOWN = 300  # letters of a sample
-_LONGEST = 2048  # tokens; longer captions count as such
 
 CountTokens = Callable[[Sequence[str]], Int[np.ndarray, " n"]]
 
@@ -75,7 +74,7 @@ class Counts:
                 found = self.lengths.setdefault(
                     (caption.kind, caption.language), collections.Counter()
                 )
-                found[min(int(length), _LONGEST)] += 1
+                found[int(length)] += 1
 
     def time(self, num_pictures: int, seconds: float) -> None:
         """So many pictures took so many seconds, all together."""

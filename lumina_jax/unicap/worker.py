@@ -5,7 +5,8 @@
 
 A piece of some hundred rows appears under its name when it is whole, and is left alone when it is
 there. So a worker that was killed goes on behind its last piece, and where parts are captioned
-(here, by many hosts, on Apache Beam; see `data.engine`) changes nothing in the table.
+(here, by many hosts, on Apache Beam; see `data.engine`) changes nothing in the table. One thing is
+left to chance: which of two pictures of a part keeps a caption that the model gave to both.
 """
 
 import collections
@@ -14,6 +15,9 @@ import functools
 import hashlib
 import itertools
 import json
+import os
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -35,8 +39,12 @@ from lumina_jax.unicap.gates import Gates
 from lumina_jax.unicap.pictures import describe_source
 from lumina_jax.unicap.prompts import Prompts
 from lumina_jax.unicap.report import Counts
+from lumina_jax.untrusted import read_json
 
 REPORT = "report.json"
+_MIN_PIXELS = 28 * 28  # a token of Qwen2-VL
+_MAX_ASPECT = 200  # of a longer side to a shorter; the models take no more
+_DECODING = threading.BoundedSemaphore(os.cpu_count() or 1)  # a large picture takes 300 MB
 PIECE_SIZE = 256  # pictures; at most so many are captioned again after a kill, for each worker
 # progress(done): so many pictures of the part have their rows.
 Progress = Callable[[int], None]
@@ -68,15 +76,24 @@ class Job:
     count_tokens: Callable[[Sequence[str]], Sequence[int]] | None = None
     max_tokens: int = 256
 
+    def __post_init__(self):
+        if not _MIN_PIXELS <= self.max_pixels <= images.MAX_PIXELS:
+            raise InputError(
+                f"max_pixels={self.max_pixels} must be {_MIN_PIXELS} to {images.MAX_PIXELS:,}."
+            )
+
     def settings(self) -> dict[str, Any]:
         """What must be equal for a table to be gone on with, as JSON knows it."""
+        counter = self.count_tokens and [repr(self.count_tokens), self.max_tokens]
         given = {
             "format": caption_table.FORMAT,
             "source": describe_source(self.source),
             "parts": _digest(self.parts),
+            "piece_size": PIECE_SIZE,
             "models": list(self.models),
             "prompts": self.prompts.version,
             "max_pixels": self.max_pixels,
+            "text_encoder": counter,
             **dataclasses.asdict(self.wanted),
         }
         return json.loads(json.dumps(given))
@@ -89,7 +106,9 @@ class Job:
         if overwrite and caption_table.SETTINGS in there:
             remove(folder)
         elif caption_table.SETTINGS in there:
-            check_same(folder, json.loads(path.read_text()), mine)
+            check_same(folder, read_json(path, "Give --overwrite to begin again."), mine)
+            if caption_table.TABLE in there and self.missing():  # somebody deleted a piece
+                (folder / caption_table.TABLE).unlink(missing_ok=True)
             return
         elif there:
             raise InputError(
@@ -102,55 +121,50 @@ class Job:
         """Returns the numbers of the parts of a worker that are still to be captioned."""
         if not 0 <= worker < num_workers:
             raise InputError(
-                f"worker={worker} of num_workers={num_workers}: workers are counted from 0."
+                f"worker={worker} of num_workers={num_workers}: there must be 1 or more, and they "
+                "are counted from 0."
             )
-        there = files.sizes(self.directory)
-        mine = range(worker, len(self.parts), num_workers)
-        return [number for number in mine if caption_table.part_name(number) not in there]
+        done = caption_table.parts(self.directory)
+        return [n for n in range(worker, len(self.parts), num_workers) if n not in done]
 
     def caption_part(self, number: int, progress: Progress = lambda done: None) -> None:
-        """Writes the pieces of a part that are not there yet, then its counts."""
-        counts_path = epath.Path(self.directory) / caption_table.part_name(number)
-        if counts_path.exists():
+        """Writes the pieces of a part that are not there yet, then its counts and ids."""
+        if number in caption_table.parts(self.directory):
             return
         opened(self.open_backend)  # before the clock runs: it may take minutes
-        counts = Counts(self.count_tokens, self.max_tokens)
+        counts, index = Counts(self.count_tokens, self.max_tokens), caption_table.PartIndex()
         gates = Gates(self.prompts, self.wanted.languages)
-        num_pieces = self._read_back(number, counts, gates)
-        items = itertools.islice(
-            self.source.read(self.parts[number]), num_pieces * PIECE_SIZE, None
-        )
-        began, done = time.monotonic(), counts.num_pictures
-        rows = self._rows(items, gates)
-        for piece in itertools.count(num_pieces):
-            chunk = []
-            for row in itertools.islice(rows, PIECE_SIZE):
-                chunk.append(row)
-                progress(counts.num_pictures + len(chunk))
-            if not chunk:
-                break
-            caption_table.write_rows(self.directory, Piece(number, piece), chunk)
-            for row in chunk:
-                counts.add(row)
-        counts.time(counts.num_pictures - done, time.monotonic() - began)
-        files.write(counts_path, json.dumps(counts.to_json(), ensure_ascii=False))
 
-    def _read_back(self, number: int, counts: Counts, gates: Gates) -> int:
-        """Takes the pieces of a part that an earlier worker wrote; returns how many."""
-        mine = [p.number for p in caption_table.pieces(self.directory) if p.part == number]
-        whole = 0
-        for piece in mine:
-            if piece != whole:
-                break  # a hole; what lies behind it is written again
-            rows = caption_table.read_rows(self.directory, Piece(number, piece))
-            if len(rows) < PIECE_SIZE:
-                break  # the last one of a part; it costs little
+        def take(rows: Sequence[Row]) -> None:
+            index.add(rows)
             for row in rows:
                 counts.add(row)
+
+        last = PIECE_SIZE
+        while last == PIECE_SIZE and (rows := self._read(number, index.num_pieces)) is not None:
+            take(rows)
+            last = len(rows)
+            for row in rows:
                 for caption in row.captions:
-                    gates.remember(caption.text, caption.kind, row.id)
-            whole += 1
-        return whole
+                    gates.claim(caption.text, caption.kind, row.id)
+        began, done = time.monotonic(), counts.num_pictures
+        items = itertools.islice(self.source.read(self.parts[number]), done, None)
+        rows = self._rows(items if last == PIECE_SIZE else (), gates)
+        while chunk := list(itertools.islice(_told(rows, progress, counts), PIECE_SIZE)):
+            # Who has the same number as this worker may have been here before it.
+            if (theirs := self._read(number, index.num_pieces)) is None:
+                piece = Piece(number, index.num_pieces)
+                caption_table.write_rows(self.directory, piece, chunk)
+            take(chunk if theirs is None else theirs)
+        counts.time(counts.num_pictures - done, time.monotonic() - began)
+        index.save(self.directory, number, counts)
+
+    def _read(self, part: int, piece: int) -> list[Row] | None:
+        """Returns the rows of a piece that is there."""
+        path = epath.Path(self.directory) / Piece(part, piece).name
+        return (
+            caption_table.read_rows(self.directory, Piece(part, piece)) if path.exists() else None
+        )
 
     def _rows(self, items: Iterable[Item], gates: Gates) -> Iterator[Row]:
         """Yields the row of each item, in order."""
@@ -159,7 +173,7 @@ class Job:
 
         def begin(item: Item) -> Row | Conversation:
             try:
-                image = scale_down(_picture(item), self.max_pixels)
+                image = _picture(item, self.max_pixels)
             except Rejected as fault:
                 return Row(item.id, fault=(fault.reason, fault.detail))
             return captioner.converse(item.id, image, gates)
@@ -182,24 +196,26 @@ class Job:
             return None
         folder = epath.Path(self.directory)
         counts = Counts(self.count_tokens, self.max_tokens)
-        for number in range(len(self.parts)):
-            content = json.loads((folder / caption_table.part_name(number)).read_text())
-            counts.merge(content)
-        if not (folder / caption_table.TABLE).exists():
-            files.remove_asides(folder)
-            caption_table.finish(folder, counts.to_json())
+        if (folder / caption_table.TABLE).exists():
+            counts.merge(caption_table.Table.load(folder).summary)
+        else:
+            files.remove_asides(folder, of=("captions-", "part-"))  # of those who were killed
+            caption_table.finish(folder, counts)
         return counts
 
 
 def remove(directory: epath.PathLike) -> None:
     """Removes a table, finished or not, and nothing else that may lie beside it."""
-    folder = epath.Path(directory)
-    names = files.sizes(folder)
-    known = (*caption_table.FINISHED, REPORT)
-    ours = [name for name in known if name in names]  # what says "complete" goes first
-    ours += [n for n in names if Piece.parse(n) or (n.startswith("part-") and n.endswith(".json"))]
-    for name in (*ours, caption_table.SETTINGS):
-        (folder / name).unlink(missing_ok=True)
+    names = files.sizes(directory)
+    files.remove_asides(directory, of=("captions-", "part-"))
+    # What says that others are there goes before them.
+    for ours in (
+        [name for name in (*caption_table.FINISHED, REPORT) if name in names],
+        [name for name in names if caption_table.PartName.parse(name)],
+        [name for name in names if Piece.parse(name)],
+        [caption_table.SETTINGS],
+    ):
+        files.remove_names(directory, ours)
 
 
 def check_same(
@@ -226,12 +242,23 @@ def scale_down(image: Image.Image, max_pixels: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _picture(item: Item) -> Image.Image:
+def _picture(item: Item, max_pixels: int) -> Image.Image:
+    """Returns the picture as a model sees it."""
     if item.fault is not None:
         raise item.fault
-    if isinstance(item.image, Image.Image):
-        return images.to_rgb(item.image)
-    return images.decode(item.image)
+    with _DECODING:
+        drawn = isinstance(item.image, Image.Image)
+        image = images.to_rgb(item.image) if drawn else images.decode(item.image)
+        if max(image.size) > _MAX_ASPECT * min(image.size):
+            raise Rejected("too narrow", f"{image.width} x {image.height}")
+        return scale_down(image, max_pixels)
+
+
+def _told(rows: Iterator[Row], progress: Progress, counts: Counts) -> Iterator[Row]:
+    """Yields the rows of a piece, and tells how many of the part there are."""
+    for number, row in enumerate(rows, start=1):
+        progress(counts.num_pictures + number)
+        yield row
 
 
 Begin = Callable[[Item], Row | Conversation]
@@ -239,6 +266,10 @@ Begin = Callable[[Item], Row | Conversation]
 
 def _in_threads(backend: Backend, items: Iterable[Item], begin: Begin) -> Iterator[Row]:
     """Runs a conversation in each of many threads; a row comes when those before it are done."""
+    # Daemons, unlike those of a pool of `concurrent.futures`: nobody who interrupts the program
+    # waits for a server that does not answer.
+    todo: queue.SimpleQueue[tuple[futures.Future[Row], Item] | None] = queue.SimpleQueue()
+    ended = threading.Event()
 
     def converse(item: Item) -> Row:
         begun = begin(item)
@@ -246,28 +277,37 @@ def _in_threads(backend: Backend, items: Iterable[Item], begin: Begin) -> Iterat
             return begun
         try:
             request = next(begun)
-            while True:
-                if ended:
-                    raise futures.CancelledError
+            while not ended.is_set():
                 (reply,) = backend.ask([request])
                 request = begun.send(reply)
         except StopIteration as end:
             return end.value
+        raise futures.CancelledError
 
-    ended: list[bool] = []
+    def work() -> None:
+        while (task := todo.get()) is not None:
+            future, item = task
+            try:
+                future.set_result(converse(item))
+            except BaseException as error:
+                future.set_exception(error)
+
+    for number in range(backend.num_pictures):
+        threading.Thread(target=work, name=f"caption-{number}", daemon=True).start()
     running: collections.deque[futures.Future[Row]] = collections.deque()
-    pool = futures.ThreadPoolExecutor(backend.num_pictures)
     try:
         # Twice as many begun as are under way: one that takes long holds up only what follows.
         for item in items:
-            running.append(pool.submit(converse, item))
+            running.append(futures.Future())
+            todo.put((running[-1], item))
             while running and (running[0].done() or len(running) >= 2 * backend.num_pictures):
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
     finally:
-        ended.append(True)
-        pool.shutdown(cancel_futures=True)
+        ended.set()
+        for _ in range(backend.num_pictures):
+            todo.put(None)
 
 
 def _in_step(backend: Backend, items: Iterable[Item], begin: Begin) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from lumina_jax.data import caption_table
 from lumina_jax.data.caption_table import Excluded, Merge, Piece, Row, Table, Written
 from lumina_jax.data.captions import Caption
 from lumina_jax.errors import InputError
+from lumina_jax.unicap.report import Counts
 from tests.small_data import caption_row, make_caption_table
 
 LONG, TAGS = Caption("A dog.", "long", "en"), Caption("狗，草地", "tags", "zh")
@@ -74,7 +75,7 @@ def test_captions_are_found_by_the_id_of_their_picture(tmp_path):
     assert table.find([]) == []
     assert [row.id for row in table.rows()] == [FULL.id, FAULTY.id, *map(str, range(15))]
     assert table.settings == {"model": "a model"}
-    assert table.summary == {"pictures": 17}
+    assert table.summary["num_pictures"] == 17
 
 
 def test_of_rows_with_the_same_id_the_first_with_a_caption_counts(tmp_path):
@@ -133,7 +134,7 @@ def test_the_fingerprint_follows_the_captions_alone(tmp_path):
 def test_finishing_again_writes_the_same(tmp_path):
     make_caption_table(tmp_path, *spread(3, 5))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    caption_table.finish(tmp_path, {"pictures": 15})
+    caption_table.finish(tmp_path, Counts())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

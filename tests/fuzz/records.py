@@ -18,6 +18,7 @@ from lumina_jax.data.loader import Dataset, Loader
 from lumina_jax.data.records import Manifest, Record, Records
 from lumina_jax.data.sources import make_source
 from lumina_jax.frozen.use import UniversalSentenceEncoder
+from lumina_jax.unicap.report import Counts
 from tests.fuzz import mutations
 from tests.small_data import make_dataset, picture
 
@@ -245,8 +246,11 @@ def caption_table_piece(folder: pathlib.Path):
     row = caption_table.Row("x", (written,), (excluded,), None, (("tags", "zh", "loop"),), (9, 4))
     piece = caption_table.Piece(0, 0)
     (folder / caption_table.SETTINGS).write_text("{}")
-    caption_table.write_rows(folder, piece, [row, caption_table.Row("y", fault=("lost", "y"))])
-    caption_table.finish(folder, {})
+    rows, index = [row, caption_table.Row("y", fault=("lost", "y"))], caption_table.PartIndex()
+    caption_table.write_rows(folder, piece, rows)
+    index.add(rows)
+    index.save(folder, 0, Counts())
+    caption_table.finish(folder, Counts())
     path = folder / piece.name
     lines = gzip.decompress(path.read_bytes()).splitlines()
 

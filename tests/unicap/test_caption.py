@@ -137,7 +137,8 @@ def test_servers_that_are_gone_end_the_command_to_be_given_again(photos, tmp_pat
         (["--server=http://a/v1", "--model=b"], "one of them"),
         (["--server=a:80"], "'a:80' is no http:// or https:// URL"),
         (["--server=http://a/v1", "--extra=[1]"], "is not a JSON object: it is no object"),
-        (["--server=http://a/v1", "--dollars_per_million_tokens=1"], "is not two numbers"),
+        (["--server=http://a/v1", "--dollars_per_million_tokens=1,nan"], "is not two numbers"),
+        (["--server=http://a/v1", "--overwrite", "--num_workers=8"], "--overwrite would remove"),
         (
             ["--server=http://a/v1", "--text_server=http://b/v1", "--kinds=short",
              "--languages=en"],

@@ -123,7 +123,8 @@ def test_two_models_share_the_work():
         ({"kinds": ("longest",)}, "kinds longest are none of long, medium, short, tags"),
         ({"languages": ("en", "en")}, "languages en, en must be one or more, each once"),
         ({"languages": ("tlh",)}, "Languages tlh are not known"),
-        ({"attempts": 0}, "attempts=0 must be 1 or more"),
+        ({"attempts": 0}, "attempts=0 must be 1 to 100"),
+        ({"seed": -1}, "seed=-1 must be 0 to"),
         ({"temperature": 3.0}, "temperature=3.0 must be 0 to 2"),
     ],
 )

@@ -47,6 +47,23 @@ GOOD = [
     ("tags", "zh", "照片, 金毛犬, 海滩, 日落, 奔跑, 湿沙, 低角度"),
     ("medium", "zh", "一张街景照片，红砖墙前停着一辆灰色自行车，墙上的牌子写着"
      "“抱歉，本店今日休息”，旁边有两盆绿色植物。"),
+    ("medium", "en", "A flag with horizontal stripes that alternate red, white, red, white, red, "
+     "white, red, white, flying above a stone tower under a pale sky."),
+    ("medium", "en", "A chat on a phone shows grey and blue bubbles; the last one ends with a smiley "
+     ":) and the keyboard is open below it."),
+    ("medium", "en", "A diagram with three panels: a) a red circle, b) a blue square, c) a green "
+     "triangle, each on a white ground with thin black borders."),
+    ("medium", "en", "A 24” computer monitor on an oak desk shows a photograph of a mountain lake, "
+     "beside it a white keyboard and a black mouse."),
+    ("medium", "en", "No image is visible on the cinema screen, which glows plain white above rows "
+     "of empty red seats in a dark hall."),
+    ("short", "en", "I can't believe it's not butter tub on a kitchen counter."),
+    ("medium", "zh", "一张iPhone 15 Pro的产品照片，钛金属边框，Apple标志居中，背景为纯黑色，光线从左侧打来。"),
+    ("tags", "en", 'street, shop, sign reading "OPEN", neon light, night'),
+    ("tags", "en", "vintage photo, 3.5 mm jack, 2.5D illustration, headphones, black cable"),
+    ("tags", "en", "Trattoria, pasta alla carbonara, tiramisu, espresso, Roma, piazza, Vespa"),
+    ("tags", "ja", "写真、風景、山、湖、朝霧、反射、静寂、自然光、広角、青空、森林"),
+    ("tags", "ar", "صورة، سوق، توابل، ألوان زاهية، بائع، ضوء طبيعي"),
 ]  # fmt: skip
 BAD = [
     ("refusal", "long", "en", "I'm sorry, but I can't help with describing this image. " * 6),
@@ -91,6 +108,36 @@ BAD = [
     ("too short", "long", "en", "A golden retriever runs on a beach."),
     ("too long", "short", "en", LONG),
     ("too long", "tags", "en", ", ".join(f"thing number {n}" for n in range(60))),
+    ("refusal", "short", "en", "I’m unable to view or analyze images."),
+    ("refusal", "short", "en", "I apologize, but I cannot describe this picture."),
+    ("refusal", "short", "en", "It seems that no image was attached to your message."),
+    ("refusal", "short", "en", "Image description unavailable."),
+    ("refusal", "short", "de", "Es tut mir leid, ich kann dieses Bild nicht beschreiben."),
+    ("refusal", "short", "ja", "申し訳ありませんが、この画像の説明をすることはできません。"),
+    ("refusal", "short", "zh", "您好，您没有上传任何图片，请上传后再试。"),
+    ("chatter", "short", "en", "Sure thing! A golden retriever on a beach."),
+    ("chatter", "short", "de", "Natürlich! Hier ist die Übersetzung: Ein Hund am Strand."),
+    ("chatter", "short", "zh", "当然可以！以下是描述：一只狗在海滩上奔跑。"),
+    ("chatter", "short", "en", "A dog on a beach. (Word count: 45)"),
+    ("chatter", "short", "en", "A dog on a beach. Note: this description is based on the image."),
+    ("markup", "short", "en", '{"caption": "A golden retriever on a beach."}'),
+    ("markup", "medium", "en", "| Subject | Colour |\n|---|---|\n| dog | brown, with wet fur and a "
+     "long tail |"),
+    ("chatter", "medium", "en", "User: describe it. Assistant: A golden retriever runs on the beach "
+     "at sunset, its fur wet."),
+    ("damaged text", "short", "en", "A golden \ufffd\ufffd retriever on a beach."),
+    ("damaged text", "short", "en", "A golden \ud83d retriever on a beach."),
+    ("wrong language", "short", "zh", "A cat on a sofa."),
+    ("wrong language", "short", "ja", "Red cat on a sofa."),
+    ("wrong language", "tags", "zh", "photo, cat, sofa"),
+    ("wrong language", "tags", "de", "a brown dog, the sandy beach, evening sun, wet sand, running"),
+    ("wrong language", "medium", "en", "A cat sits on a red 沙发 beside a window with white curtains, "
+     "in 温暖的光线 from the left."),
+    ("wrong language", "medium", "zh", "一只橘猫坐在窗边的红色沙发上，窗帘是白色的，光线温暖，and the wall is "
+     "white behind it."),
+    ("cut off", "medium", "en", "A golden retriever runs on the beach at sunset, its fur wet and its "
+     "tongue out, and the"),
+    ("too long", "short", "en", "A dog. " * 100_000),
     ("empty", "short", "en", " ... "),
 ]  # fmt: skip
 
@@ -101,7 +148,7 @@ def prompts():
 
 
 def check(prompts, kind, language, text, **given):
-    gates = Gates(prompts, ("en", "zh", "de", "ja"))
+    gates = Gates(prompts, ("en", "zh", "de", "ja", "ar", "fr"))
     return gates.check(tidy(text, kind), kind=kind, language=language, **given)
 
 
@@ -146,12 +193,12 @@ def test_tags_may_be_the_same_in_two_languages(prompts):
 
 def test_two_pictures_share_no_long_caption_but_may_share_a_short_one(prompts):
     gates = Gates(prompts, ("en",))
-    assert gates.check(LONG, kind="long", language="en") is None
-    gates.remember(LONG, "long", "first.jpg")
-    gates.remember("A red apple on a table.", "short", "first.jpg")
-    found = gates.check(LONG, kind="long", language="en")
-    assert found == ("duplicate", "the text of first.jpg")
-    assert gates.check("A red apple on a table.", kind="short", language="en") is None
+    assert gates.check(LONG, kind="long", language="en", id="a.jpg") is None
+    found = gates.check(LONG.lower(), kind="long", language="en", id="b.jpg")
+    assert found == ("duplicate", "the text of a.jpg")
+    for id in ("a.jpg", "b.jpg"):
+        short = "A red apple on a table."
+        assert gates.check(short, kind="short", language="en", id=id) is None
 
 
 def test_a_reply_without_end_or_answer_is_a_fault():
@@ -170,6 +217,8 @@ def test_a_reply_without_end_or_answer_is_a_fault():
         ("tags", "dog, Beach,\n sunset , dog,, low angle.", "dog, Beach, sunset, low angle"),
         ("tags", "- dog\n- beach\n- sunset", "dog, beach, sunset"),
         ("tags", "1. dog\n2. beach", "dog, beach"),
+        ("tags", '3.5 mm jack, sign "a, b", "OPEN", #cat', '3.5 mm jack, sign "a, b", OPEN, cat'),
+        ("tags", "كلب، شاطئ؛ غروب", "كلب, شاطئ, غروب"),
         ("tags", "狗、海滩，日落；低角度", "狗, 海滩, 日落, 低角度"),
     ],
 )

@@ -23,6 +23,7 @@ from lumina_jax.data.sources.folder import FolderSource
 from lumina_jax.unicap import page, statistics
 from lumina_jax.unicap.page import Shown, escape
 from lumina_jax.unicap.pictures import describe_source
+from lumina_jax.unicap.report import Counts
 from tests import small_data
 from tests.small_data import ListSource
 from tests.test_demo import browser_page  # noqa: F401
@@ -189,7 +190,11 @@ def make_table(folder: pathlib.Path, is_complete: bool = True) -> pathlib.Path:
     caption_table.write_rows(table, Piece(0, 0), rows[:4])
     if is_complete:
         caption_table.write_rows(table, Piece(0, 1), rows[4:])
-        caption_table.finish(table, {})
+        index = caption_table.PartIndex()
+        index.add(rows[:4])
+        index.add(rows[4:])
+        index.save(table, 0, Counts())
+        caption_table.finish(table, Counts())
     return table
 
 

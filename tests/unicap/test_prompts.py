@@ -45,8 +45,11 @@ def test_the_version_changes_with_any_file(folder):
         (("tags = [3, 40]", "tags = [40, 3]"), r"length.tags is not \[least, most\]"),
         (("{caption}", "{captoin}"), "condense.medium does not say {caption}"),
         (("Answer with the description alone.", "{colour}"), "look.long has {colour}"),
-        (('name = "English"', "name = English"), "Invalid value"),
-        (("sorry", "sorry("), "answers.refusals has .* no regular expression"),
+        (("[look]", "[look"), "Expected"),
+        (("sorry|", "(?i)sorry|"), "no regular expression"),
+        (('"n/?a\\\\b",', '"(n/?a)?",'), "finds something in every answer"),
+        (("{caption}", "{Caption}"), "condense.medium does not say {caption}"),
+        (("(sorry", "((sorry"), "answers.refusals has .* no regular expression"),
         (("[condense]", "[condense]\nlong = 'x {caption}'"), "condense.long is unknown"),
     ],
 )
@@ -72,10 +75,10 @@ def test_languages_are_told_by_names_and_unknown_ones_refused():
 
 
 def test_the_names_of_emojis_in_fourteen_languages_are_taken_for_no_other_language():
-    """26,852 short texts; the first figures were 5 of them, with São Tomé and Liechtenstein."""
+    """26,852 short texts; the first figures were 6 of them, with São Tomé and Liechtenstein."""
     from lumina_jax.data.sources.openmoji import LANGUAGES, select
 
     texts = [caption for emoji in select() for caption in emoji.captions]
     wrong = [c for c in texts if languages.other_language(c.text, c.language, LANGUAGES)]
     assert len(texts) > 20_000
-    assert len(wrong) < len(texts) / 2000, wrong[:20]
+    assert len(wrong) <= 6, wrong[:20]

@@ -3,18 +3,22 @@
 import dataclasses
 import json
 import os
+import pathlib
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent import futures
 
 import pytest
 from etils import epath
 from PIL import Image
 
+from lumina_jax import files
 from lumina_jax.data import caption_table
-from lumina_jax.data.caption_table import Piece, Table
+from lumina_jax.data.caption_table import PartName, Piece, Table
 from lumina_jax.data.engine import Processes
 from lumina_jax.data.images import Rejected
 from lumina_jax.data.sources.base import Item
@@ -23,6 +27,7 @@ from lumina_jax.unicap import worker
 from lumina_jax.unicap.backends import Servers
 from lumina_jax.unicap.backends.base import Reply
 from lumina_jax.unicap.captioner import Wanted
+from lumina_jax.unicap.gates import Gates
 from lumina_jax.unicap.pictures import Pilot
 from lumina_jax.unicap.prompts import load_prompts
 from tests.small_data import ListSource
@@ -59,7 +64,7 @@ def run(job, index=0, num_workers=1):
 
 def content(directory):
     """What a table says, without the times."""
-    names = sorted(p.name for p in directory.iterdir() if not p.name.startswith("part-"))
+    names = sorted(p.name for p in directory.iterdir() if not PartName.parse(p.name))
     found = {name: (directory / name).read_bytes() for name in names}
     table = json.loads(found.pop(caption_table.TABLE))
     for name in ("seconds", "num_timed"):
@@ -119,7 +124,7 @@ def test_workers_share_the_parts_and_the_last_one_makes_the_table(tmp_path):
     assert not (tmp_path / caption_table.TABLE).exists()
     assert run(job, 1, 3).num_pictures == 10
     assert len(list(Table.load(tmp_path).rows())) == 10
-    with pytest.raises(InputError, match="worker=3 of num_workers=3: workers are counted from 0"):
+    with pytest.raises(InputError, match="worker=3 of num_workers=3: there must be 1 or more"):
         job.missing(3, 3)
 
 
@@ -146,10 +151,110 @@ def test_what_is_written_is_not_captioned_again(tmp_path, small_pieces):
 def test_a_hole_and_what_lies_behind_it_are_written_again(tmp_path, small_pieces):
     run(make_job(tmp_path, pictures(11)))
     whole = content(tmp_path)
-    for name in (Piece(0, 1).name, caption_table.part_name(0), caption_table.TABLE):
-        (tmp_path / name).unlink()
+    (tmp_path / Piece(0, 1).name).unlink()
+    with pytest.raises(InputError, match=r"captions-000000-0001.* Delete it. Make the table again"):
+        Table.load(tmp_path).find(["005.png"])
     run(make_job(tmp_path, pictures(11)))
     assert content(tmp_path) == whole
+
+
+def test_a_killed_removal_leaves_nothing_that_looks_complete(tmp_path, small_pieces, monkeypatch):
+    run(make_job(tmp_path, pictures(11)))
+    remove_names, calls = files.remove_names, []
+
+    def killed(folder, names):
+        calls.append(names)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        remove_names(folder, names)
+
+    for at in (2, 3, 4, 5):  # noqa: B007, `killed` reads it
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "remove_names", killed)
+            calls.clear()
+            with pytest.raises(KeyboardInterrupt):
+                make_job(tmp_path, pictures(11)).begin(overwrite=True)
+        assert run(make_job(tmp_path, pictures(11))).num_pictures == 11
+        assert len(list(Table.load(tmp_path).rows())) == 11
+
+
+def test_a_second_worker_of_the_same_number_does_not_change_what_is_there(tmp_path, small_pieces):
+    """The first one is slow; the other one is done before it."""
+    other = make_job(tmp_path, pictures(11))
+
+    def change(request, text):
+        if not (tmp_path / caption_table.TABLE).exists():
+            run(other)
+        return "I cannot."
+
+    backend = SmallBackend(change=change, num_pictures=1)
+    run(make_job(tmp_path, pictures(11), backend=backend))
+    assert {len(row.captions) for row in Table.load(tmp_path).rows()} == {2}
+    assert len(Table.load(tmp_path).find(["005.png"])[0]) == 2
+
+
+def test_two_that_finish_at_the_same_time_do_not_disturb_each_other(tmp_path):
+    job = make_job(tmp_path, pictures(10), part_size=2)
+    job.begin()
+    for number in job.missing():
+        job.caption_part(number)
+    with futures.ThreadPoolExecutor(4) as pool:
+        assert {counts.num_pictures for counts in pool.map(lambda _: job.finish(), range(8))} == {
+            10
+        }
+    assert len(list(Table.load(tmp_path).rows())) == 10
+
+
+def test_an_interruption_waits_for_no_server(tmp_path):
+    """Threads that are asking are left behind; each would have waited for an hour."""
+    slow = threading.Event()
+
+    class Slow(SmallBackend):
+        def ask(self, requests):
+            slow.set()
+            time.sleep(3600)
+
+    rows = make_job(tmp_path, pictures(10), backend=Slow(in_threads=True, num_pictures=4))._rows(
+        iter(pictures(10)), Gates(load_prompts(), ("en",))
+    )
+    threading.Thread(target=lambda: next(rows), daemon=True).start()
+    assert slow.wait(30)
+    script = "import sys; from tests.unicap.test_worker import hang; hang(sys.argv[1])"
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "other"])
+    while not (tmp_path / "other" / "asked").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) != 0
+
+
+def hang(directory):
+    class Hanging(SmallBackend):
+        def ask(self, requests):
+            (pathlib.Path(directory) / "asked").touch()
+            time.sleep(3600)
+
+    run(make_job(directory, pictures(10), backend=Hanging(in_threads=True, num_pictures=4)))
+
+
+def test_a_picture_of_a_shape_that_no_model_takes_is_left_out(tmp_path):
+    items = [*pictures(1), Item("thread.png", Image.new("RGB", (1, 70_000)))]
+    assert run(make_job(tmp_path, items)).broken == {"too narrow": 1}
+    with pytest.raises(InputError, match="max_pixels=0 must be 784 to"):
+        make_job(tmp_path, items, max_pixels=0)
+
+
+def test_an_answer_that_cannot_be_written_is_left_out(tmp_path):
+    backend = SmallBackend(change=lambda request, text: text.replace("surface", "\ud83d"))
+    counts = run(make_job(tmp_path, pictures(2), backend=backend))
+    assert counts.excluded["long", "en", "damaged text"] == 2
+    assert "\\ud83d" in next(iter(Table.load(tmp_path).rows())).excluded[0].text
+
+
+def test_pictures_that_share_an_id_are_told(tmp_path, caplog):
+    twice = [*pictures(2), dataclasses.replace(pictures(3)[2], id="000.png")]
+    run(make_job(tmp_path, twice))
+    assert "1 captioned pictures of" in caplog.text
+    assert json.loads((tmp_path / caption_table.TABLE).read_text())["repeated_ids"] == 1
 
 
 def test_a_finished_table_is_left_alone(tmp_path):
@@ -222,7 +327,8 @@ def test_a_large_picture_is_scaled_and_keeps_its_shape(tmp_path):
 def test_a_pilot_takes_pictures_from_all_over_the_source(tmp_path):
     source = ListSource(tuple(pictures(100)), part_size=10)
     pilot = Pilot(source, num_pictures=11, num_parts=4)
-    ids = [item.id for part in pilot.parts() for item in pilot.read(part)]
+    (part,) = pilot.parts()
+    ids = [item.id for item in pilot.read(part)]
     assert ids == [f"{n:03d}.png" for n in (0, 1, 2, 20, 21, 22, 50, 51, 52, 70, 71)]
     job = dataclasses.replace(make_job(tmp_path, ()), source=pilot)
     assert run(job).num_pictures == 11
