@@ -5,7 +5,8 @@
 130  interrupted by a person
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 RESTART = 75  # EX_TEMPFAIL of sysexits.h, which says the same to a scheduler
 INTERRUPTED = 130
@@ -59,3 +60,12 @@ def listed(names: Sequence[str], most: int) -> str:
     """The first names for a message, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What settings that were found and those that are wanted differ in; "" where they do not."""
+    return "; ".join(
+        f"{name} is {there.get(name)!r:.300} there and {here.get(name)!r:.300} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    )

@@ -40,7 +40,7 @@ import pathlib
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import fsspec
@@ -224,7 +224,19 @@ def pieces(directory: epath.PathLike) -> list[Piece]:
 
 def parts(directory: epath.PathLike) -> dict[int, PartName]:
     """Returns the parts that are done, by number: those with all of their pieces."""
-    names = files.sizes(directory)
+    return _done(files.sizes(directory))
+
+
+def is_done(directory: epath.PathLike, part: int) -> bool:
+    """Whether a part is done. A bucket is asked for names that begin so, not for all of them."""
+    fs, root = fsspec.core.url_to_fs(os.fspath(directory))
+    found = (
+        name for head in ("part", "captions") for name in fs.glob(f"{root}/{head}-{part:06d}-*")
+    )
+    return part in _done({name.rsplit("/", 1)[-1] for name in found})
+
+
+def _done(names: Collection[str]) -> dict[int, PartName]:
     found = sorted(part for name in names if (part := PartName.parse(name)))
     return {
         part.number: part

@@ -41,7 +41,7 @@ from lumina_jax.data.images import Rejected
 from lumina_jax.data.plan import Index, IndexWriter, Plan, PlannedShard, Report, make_plan
 from lumina_jax.data.records import Manifest, Shard, Split
 from lumina_jax.data.sources.base import Item, Part, Source
-from lumina_jax.errors import InputError
+from lumina_jax.errors import InputError, differences
 
 REPORT = "report.json"
 MARKER = records.MARKERS[0]
@@ -504,15 +504,10 @@ def _start(
 
 
 def _check_same(directory: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    differences = [
-        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    ]
-    if differences:
+    if found := differences(there, here):
         raise InputError(
-            f"{directory} holds another dataset: {'; '.join(differences)}. Choose another "
-            "directory, ask for the same settings, or replace it with --overwrite."
+            f"{directory} holds another dataset: {found}. Choose another directory, ask for the "
+            "same settings, or replace it with --overwrite."
         )
 
 

@@ -42,7 +42,7 @@ from lumina_jax.data.captions import Caption, describe_pairs
 from lumina_jax.data.images import Rejected
 from lumina_jax.data.records import Record, Records, Shard, Split
 from lumina_jax.data.sources.base import Item, Source
-from lumina_jax.errors import InputError
+from lumina_jax.errors import InputError, differences
 from lumina_jax.progress import progress_bar
 from lumina_jax.unicap import qwen
 from lumina_jax.unicap.qwen import torch, transformers  # it says what to install without them
@@ -194,15 +194,9 @@ def _begin(output: pathlib.Path, wanted: Mapping[str, Any]) -> bool:
     path = output / SETTINGS
     if path.exists():
         there = read_json(path, "Choose another output.")
-        differences = [
-            f"{name} is {there.get(name)!r:.200} there and {wanted.get(name)!r:.200} here"
-            for name in sorted(there.keys() | wanted.keys())
-            if there.get(name) != wanted.get(name)
-        ]
-        if differences:
+        if found := differences(there, wanted):
             raise InputError(
-                f"{output} holds another run: {'; '.join(differences)}. Choose another output, or "
-                "remove that one."
+                f"{output} holds another run: {found}. Choose another output, or remove that one."
             )
     elif others := sorted(files.sizes(output)):
         raise InputError(

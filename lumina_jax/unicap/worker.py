@@ -19,7 +19,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -31,7 +31,7 @@ from lumina_jax.data import caption_table, images
 from lumina_jax.data.caption_table import Piece, Row
 from lumina_jax.data.images import Rejected
 from lumina_jax.data.sources.base import Item, Part, Source
-from lumina_jax.errors import InputError
+from lumina_jax.errors import InputError, differences
 from lumina_jax.unicap.backends import Opener, opened
 from lumina_jax.unicap.backends.base import Backend
 from lumina_jax.unicap.captioner import Captioner, Conversation, Wanted
@@ -106,7 +106,12 @@ class Job:
         if overwrite and caption_table.SETTINGS in there:
             remove(folder)
         elif caption_table.SETTINGS in there:
-            check_same(folder, read_json(path, "Give --overwrite to begin again."), mine)
+            theirs = read_json(path, "Give --overwrite to begin again.")
+            if found := differences(theirs, mine):
+                raise InputError(
+                    f"{folder} holds another table of captions: {found}. Choose another directory, "
+                    "ask for the same, or replace it with --overwrite."
+                )
             if caption_table.TABLE in there and self.missing():  # somebody deleted a piece
                 (folder / caption_table.TABLE).unlink(missing_ok=True)
             return
@@ -129,7 +134,7 @@ class Job:
 
     def caption_part(self, number: int, progress: Progress = lambda done: None) -> None:
         """Writes the pieces of a part that are not there yet, then its counts and ids."""
-        if number in caption_table.parts(self.directory):
+        if caption_table.is_done(self.directory, number):
             return
         opened(self.open_backend)  # before the clock runs: it may take minutes
         counts, index = Counts(self.count_tokens, self.max_tokens), caption_table.PartIndex()
@@ -216,21 +221,6 @@ def remove(directory: epath.PathLike) -> None:
         [caption_table.SETTINGS],
     ):
         files.remove_names(directory, ours)
-
-
-def check_same(
-    directory: epath.PathLike, there: Mapping[str, Any], here: Mapping[str, Any]
-) -> None:
-    differences = [
-        f"{name} is {there.get(name)!r:.200} there and {here.get(name)!r:.200} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    ]
-    if differences:
-        raise InputError(
-            f"{directory} holds another table of captions: {'; '.join(differences)}. Choose "
-            "another directory, ask for the same, or replace it with --overwrite."
-        )
 
 
 def scale_down(image: Image.Image, max_pixels: int) -> Image.Image:
