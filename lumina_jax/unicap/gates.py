@@ -41,7 +41,11 @@ _PAIRS = ("()", "[]", "{}", "（）", "《》", "【】", "「」", "『』")
 # Halves that stand alone: 12" and 24”, smileys, the a) of an enumeration.
 _ALONE = re.compile(r"(?<=\d)[\"”]|[:;=]['-]?[)(\]\[}{]|(?<!\w)\w{1,2}\)")
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-_DAMAGED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufffd\ufffe\uffff\ud800-\udfff]")
+# Controls, half characters, and UTF-8 that was read as Latin letters: Ã© for é, â€™ for ’.
+_DAMAGED = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\ufffd\ufffe\uffff\ud800-\udfff]|Ã[\x80-\xbf]|â€|ðŸ|ï¿½"
+)
+_VOWELS = re.compile("[\u064b-\u0655]")  # of Arabic, which are written or not
 _MARKUP = re.compile(
     r"""</?[a-zA-Z][^<>]{0,80}>       # HTML
       | ^\s{0,3}\#{1,6}\s             # a heading
@@ -56,6 +60,8 @@ _MARKUP = re.compile(
       | ^\s*(user|assistant|system|human)\s*:""",
     re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
+_MARKUP_OF_TAGS = re.compile(r"``|[\[\]{}]|<\|")
+_STUTTER = re.compile(r"(\w{1,4}?)\1{14,}")  # inside of a word, as in HAHAHAHA...
 _TAG = re.compile(r"""(?:"[^"\n]*"|“[^”\n]*”|[^,，、;；،؛\n])+""")
 _ITEM = re.compile(r"^\s*([-*+•#]\s*|\d{1,2}[.)]\s+)")
 # A letter of a script without blanks is a word of its own.
@@ -160,7 +166,7 @@ class Gates:
         if not any(map(str.isalnum, text)):
             yield Fault("empty", text[:40])
         if found := _DAMAGED.search(text):
-            yield Fault("damaged text", f"U+{ord(found[0]):04X}")
+            yield Fault("damaged text", " ".join(f"U+{ord(letter):04X}" for letter in found[0]))
         least, most = self._prompts.of(language).length[kind]
         size = len(_TAG.findall(text)) if kind == "tags" else len(text)
         unit = "tags" if kind == "tags" else "characters"
@@ -168,7 +174,7 @@ class Gates:
         if size > _TOO_LONG * most or len(text) > _TOO_LONG * max(4096, most):
             yield too_long
         prose = _QUOTED.sub('""', text)  # what is quoted may say and be anything
-        plain = prose.lower().replace("’", "'").strip("*\"' \n")
+        plain = _VOWELS.sub("", prose.lower().replace("’", "'").strip("*\"' \n"))
         words = _words(prose)
         if self._refusal and (found := self._refusal.match(plain[:_BEGINNING])):
             yield Fault("refusal", found[0])
@@ -180,7 +186,10 @@ class Gates:
             yield Fault("chatter", found[0].strip())
         if loop := _loop(words):
             yield Fault("loop", loop)
-        if kind != "tags" and (found := _MARKUP.search(prose)):
+        if found := _STUTTER.search(text):
+            yield Fault("loop", found[0][:80])
+        markup = _MARKUP_OF_TAGS if kind == "tags" else _MARKUP
+        if found := markup.search(prose):
             yield Fault("markup", found[0].strip()[:80])
         if found := _unbalanced(text, prose):
             yield Fault("unbalanced", found)

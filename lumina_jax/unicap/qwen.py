@@ -222,13 +222,14 @@ class Chat:
         """
         config, folder = _read_config(path), pathlib.Path(path)
         family = config["model_type"]
-        options = dict(local_files_only=True, trust_remote_code=False)
         processor = None
         if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
             # transformers would make an empty one.
             raise InputError(f"{folder} holds no tokenizer.json and no vocab.json. {_AGAIN}")
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
             if family in FAMILIES:
                 image_processor = transformers.Qwen2VLImageProcessorPil
                 processor = image_processor.from_pretrained(str(folder), local_files_only=True)

@@ -138,6 +138,14 @@ BAD = [
     ("cut off", "medium", "en", "A golden retriever runs on the beach at sunset, its fur wet and its "
      "tongue out, and the"),
     ("too long", "short", "en", "A dog. " * 100_000),
+    ("refusal", "short", "en", "Unfortunately, the image you provided appears to be blank."),
+    ("refusal", "short", "ar", "عذرًا، لا أستطيع وصف هذه الصورة."),
+    ("chatter", "short", "en", "Write a short caption of 8 to 20 words for this image."),
+    ("chatter", "short", "zh", "请用中文详细描述这张图片的内容，包括主体和背景。"),
+    ("chatter", "medium", "en", "The user wants a caption of the image. I need to mention the man on a horse in a field, and the style."),
+    ("markup", "tags", "en", '```json\n["cat", "sofa", "window", "sunlight"]\n```'),
+    ("damaged text", "short", "fr", "Une fenÃªtre ouverte donne sur un jardin."),
+    ("loop", "short", "en", f'A neon sign in an alley reads "{"HA" * 40}" above a door.'),
     ("empty", "short", "en", " ... "),
 ]  # fmt: skip
 
