@@ -311,7 +311,7 @@ def print_report(console: Console, counts: Counts) -> None:
     """Prints how many captions there are of each level, and what was wrong with others."""
     table = _table("captions", "language", "passed", "at once", "left out")
     if counts.lengths:
-        for name in ("5%", "median", "95%", f"over {counts.max_tokens}"):
+        for name in ("5%", "50%", "95%", f"over {counts.max_tokens}"):
             table.add_column(name, justify="right")
     for kind, language in counts.pairs():
         passed = counts.passed[kind, language]
