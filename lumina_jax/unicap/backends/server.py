@@ -6,10 +6,10 @@
 A server under load refuses, a proxy before it breaks off, a node of it dies. So each request is
 tried again, until it is answered, or until it is clear what is wrong:
 
-    the server    busy, broken, gone. It rests, for longer each time, and others are asked; of one
-                  that is busy less is asked at once (halved, and then one more with each answer, as
-                  TCP does). Nobody answers for `patience` seconds: the command ends, and goes on
-                  when it is given again.
+    the server    busy, broken, gone. It rests, for longer each time, and others are asked; one that
+                  is busy or late is asked half as much at once, and one more with each round of
+                  answers, as TCP does. When nobody answers for `patience` seconds the command ends,
+                  and goes on when it is given again.
     the request   servers fail at it again and again, and answer others, if only an easy one. It
                   costs one caption.
     the command   a wrong key, URL or model: InputError.
@@ -331,7 +331,7 @@ class ServerBackend:
             server.num_failures += 1
             most = min(self._rest * 2 ** (server.num_failures - 1), _MAX_REST)
             server.rests_until = now + max(failed.wait, random.uniform(most / 2, most))
-            if failed.of_server:
+            if failed.of_server or failed.timed_out:
                 server.limit = max(server.limit / 2, 1.0)
 
     def _refused(self, server: _Server, why: str) -> None:
