@@ -73,7 +73,7 @@ $(VENV)/.dev: $(VENV)/.demo
 $(VENV)-beam/.beam: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-beam
 	$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[beam,demo]' beartype pytest \
-	    httpx lingua-language-detector tenacity
+	    httpx lingua-language-detector
 	touch $@
 
 clean:
