@@ -279,12 +279,9 @@ def _token_counter() -> TokenCounter | None:
     config = flags.FLAGS.config
     if config is not None:
         return TokenCounter.of(config.text_encoder.to_dict(), config.data.system_prompt)
-    try:
-        counter = TokenCounter.of({"kind": "use", "max_tokens": 256}, "empty")
-        counter([""])
-    except InputError as error:
-        logging.info("Tokens are not counted: %s With --config its text encoder counts.", error)
-        return None
+    counter, lacking = TokenCounter.small()
+    if lacking:
+        logging.info("%s With --config its text encoder counts.", lacking)
     return counter
 
 
@@ -319,7 +316,7 @@ def print_report(console: Console, counts: Counts) -> None:
         cells.append(f"{counts.at_once[kind, language] / passed:.1%}" if passed else "")
         cells.append(f"{counts.num_excluded(kind, language):,}")
         if lengths := counts.lengths.get((kind, language)):
-            cells += [f"{report.quantile(lengths, q):,}" for q in (0.05, 0.5, 0.95)]
+            cells += [f"{n:,.0f}" for n in report.quantiles(lengths, (0.05, 0.5, 0.95))]
             over = sum(n for length, n in lengths.items() if length > counts.max_tokens)
             cells.append(f"{over / sum(lengths.values()):.1%}")
         table.add_row(*cells)

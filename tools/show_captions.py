@@ -128,16 +128,11 @@ def main() -> None:
 
 
 def _token_counter() -> tuple[TokenCounter | None, str]:
-    """Returns what counts tokens, or why nothing does: the small text encoder is an extra."""
+    """Returns what counts tokens, or why nothing does."""
     config = flags.FLAGS.config
     if config is not None:
         return TokenCounter.of(config.text_encoder.to_dict(), config.data.system_prompt), ""
-    counter = TokenCounter.of({"kind": "use", "max_tokens": 256}, "empty")
-    try:
-        counter([""])
-    except InputError as error:
-        return None, f"Tokens are not counted. {error}"
-    return counter, ""
+    return TokenCounter.small()
 
 
 def _measure(rows: Iterable[Row], counter: TokenCounter | None) -> Statistics:

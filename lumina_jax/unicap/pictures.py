@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lumina_jax.data.sources import make_source
-from lumina_jax.data.sources.base import Item, Part, Source
+from lumina_jax.data.sources.base import AroundSource, Item, Part, Source
 from lumina_jax.data.sources.metadata import is_picture
 from lumina_jax.data.sources.openmoji import OpenMojiSource
 from lumina_jax.errors import InputError
@@ -16,7 +16,7 @@ from lumina_jax.untrusted import text, whole
 
 
 @dataclasses.dataclass(frozen=True)
-class Pilot:
+class Pilot(AroundSource):
     """A few pictures of a source, from parts at even distances: a source too.
 
     Args:
@@ -28,18 +28,6 @@ class Pilot:
     source: Source
     num_pictures: int
     num_parts: int = 8
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def license(self) -> str:
-        return self.source.license
-
-    @property
-    def attribution(self) -> str:
-        return self.source.attribution
 
     def settings(self) -> dict[str, Any]:
         return self.source.settings() | {"pilot": self.num_pictures}

@@ -141,14 +141,10 @@ def _joined(counts: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     return {"/".join(key): count for key, count in counts.items()}
 
 
-def quantile(lengths: Mapping[int, int], share: float) -> int:
-    """Returns the length that this share of the captions does not exceed."""
-    wanted, seen = share * sum(lengths.values()), 0
-    for length in sorted(lengths):
-        seen += lengths[length]
-        if seen >= wanted:
-            return length
-    return 0
+def quantiles(lengths: Mapping[int, int], shares: Sequence[float]) -> list[int]:
+    """Returns the lengths that these shares of the captions do not exceed."""
+    values, counts = list(lengths), list(lengths.values())
+    return np.quantile(values, shares, weights=counts, method="inverted_cdf").tolist()
 
 
 class Range(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from lumina_jax.errors import InputError
 from lumina_jax.frozen.text_encoder import TextEncoder, make_text_encoder
 from lumina_jax.system_prompts import prefixed
 
@@ -29,6 +30,16 @@ class TokenCounter:
     @classmethod
     def of(cls, encoder: Mapping[str, Any], system_prompt: str) -> "TokenCounter":
         return cls(tuple(sorted(encoder.items())), system_prompt)
+
+    @classmethod
+    def small(cls) -> tuple["TokenCounter | None", str]:
+        """Returns the counter of the small text encoder, or why there is none: it is an extra."""
+        counter = cls.of({"kind": "use", "max_tokens": 256}, "empty")
+        try:
+            counter([""])
+        except InputError as error:
+            return None, f"Tokens are not counted. {error}"
+        return counter, ""
 
     @property
     def max_tokens(self) -> int:

@@ -76,3 +76,21 @@ class Source(Protocol):
     def read(self, part: Part) -> Iterator[Item]:
         """Every picture of the part, good or bad, each once, in an order that is the same."""
         ...
+
+
+class AroundSource:
+    """What a source that is made of another one, its `source`, says of itself."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def license(self) -> str:
+        return self.source.license
+
+    @property
+    def attribution(self) -> str:
+        return self.source.attribution

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lumina_jax.data.caption_table import Merge
-from lumina_jax.data.sources.base import Item, Part, Source
+from lumina_jax.data.sources.base import AroundSource, Item, Part, Source
 
 
 @dataclasses.dataclass(frozen=True)
-class WithTable:
+class WithTable(AroundSource):
     """A source whose captions lie elsewhere.
 
     Args:
@@ -19,18 +19,6 @@ class WithTable:
 
     source: Source
     merge: Merge
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def license(self) -> str:
-        return self.source.license
-
-    @property
-    def attribution(self) -> str:
-        return self.source.attribution
 
     def settings(self) -> dict[str, Any]:
         return {**self.source.settings(), **self.merge.settings()}
