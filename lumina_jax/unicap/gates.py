@@ -6,6 +6,7 @@ same text. `tidy` takes off what is no fault of the content; `Gates.check` names
 """
 
 import collections
+import hashlib
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,7 +122,7 @@ class Gates:
             prompts.answers(name) for name in ("refusals", "chatter_begins", "chatter_ends")
         )
         languages.load(wanted)
-        self._claimed: dict[str, str] = {}  # text -> id of its picture
+        self._claimed: dict[bytes, str] = {}  # digest of a text -> id of its picture
         self._lock = threading.Lock()
 
     def check(
@@ -159,8 +160,9 @@ class Gates:
         """Returns the picture that has a text: this one, unless another one came before it."""
         if kind not in _COMPARED:
             return id
+        key = hashlib.blake2b(normalized(text).encode(), digest_size=16).digest()
         with self._lock:
-            return self._claimed.setdefault(normalized(text), id)
+            return self._claimed.setdefault(key, id)
 
     def _faults(self, text: str, kind: str, language: str, asked: str) -> Iterator[Fault]:
         if not any(map(str.isalnum, text)):
