@@ -11,7 +11,7 @@ WORKDIR := runs/tiny
 # Processes that share the tests; each of them takes up to 4 GB.
 WORKERS := 2
 
-.PHONY: demo test test-all test-beam faults soak fuzz lint format check venv clean
+.PHONY: demo test test-all test-beam test-xpk locks faults soak fuzz lint format check venv clean
 
 ## Train a small model on real pictures and look at what it draws: about ten minutes on two cores.
 demo: $(VENV)/.demo
@@ -47,6 +47,15 @@ fuzz: $(VENV)/.dev
 test-beam: $(VENV)-beam/.beam
 	$(VENV)-beam/bin/python -m pytest tests/data/test_beam.py tests/unicap/test_caption_beam.py $(PYTEST_ARGS)
 
+## The JobSets of launch/gke beside those that xpk makes, in an environment of its own (it asks for
+## exact versions).
+test-xpk: $(VENV)/.dev $(VENV)-xpk/.xpk
+	$(RUN) -m pytest tests/launch/test_xpk.py $(PYTEST_ARGS)
+
+## Versions and hashes of the packages in launch/Dockerfile's images, from those installed here.
+locks: $(VENV)/.dev
+	$(RUN) tools/lock.py
+
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -72,8 +81,13 @@ $(VENV)/.dev: $(VENV)/.demo
 
 $(VENV)-beam/.beam: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-beam
-	$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[beam,demo]' beartype pytest \
-	    httpx lingua-language-detector
+	$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[beam,demo,servers]' \
+	    beartype pytest
+	touch $@
+
+$(VENV)-xpk/.xpk:
+	$(PYTHON) -m venv $(VENV)-xpk
+	$(VENV)-xpk/bin/python -m pip install --quiet --disable-pip-version-check xpk==1.16.0
 	touch $@
 
 clean:

@@ -450,6 +450,19 @@ def test_the_page_gives_strangers_and_strange_files_nothing(url, path, headers):
     assert refused.value.code in (403, 404)
 
 
+def test_a_probe_is_answered_by_whatever_name_it_asks_and_learns_nothing_else(url):
+    for headers in ({}, {"Host": "10.4.0.7:7860"}, {"Host": ""}):
+        asked = urllib.request.Request(f"{url}healthz", headers=headers)
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            assert (answer.status, answer.read()) == (200, b"ok\n")
+    stranger = {"Host": "10.4.0.7:7860"}
+    for path in ("healthz/", "healthz/..", "gradio_api/info?/healthz"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(url + path, headers=stranger), timeout=60)
+        with refused.value:
+            assert refused.value.code == 403
+
+
 BROWSER = """
 import sys
 from PySide6.QtCore import QUrl

@@ -390,6 +390,25 @@ def known_names(host: str, names: Sequence[str]) -> set[str]:
     return {*names, host, "localhost", "127.0.0.1", "::1"} if is_local or names else {"*"}
 
 
+class Health:
+    """Answers /healthz, whatever name is asked for: a probe knows the address alone.
+
+    An ASGI middleware. The page listens once the model is read, so an answer says that too, and
+    nothing else.
+    """
+
+    def __init__(self, app: Any):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["path"] != "/healthz":
+            await self._app(scope, receive, send)
+            return
+        plain = [(b"content-type", b"text/plain")]
+        await send({"type": "http.response.start", "status": 200, "headers": plain})
+        await send({"type": "http.response.body", "body": b"ok\n"})
+
+
 class OwnPageOnly:
     """Refuses requests for another name, and those that a page of another name sends.
 
@@ -471,7 +490,10 @@ def main() -> None:
             prevent_thread_lock=True, ssr_mode=False, enable_monitoring=False, run_history=False,
             footer_links=[], max_file_size=MAX_UPLOAD, theme=theme, css=CSS,
             app_kwargs={
-                "middleware": [Middleware(OwnPageOnly, known_names(args.host, args.names))]
+                "middleware": [
+                    Middleware(Health),
+                    Middleware(OwnPageOnly, known_names(args.host, args.names)),
+                ]
             },
         )  # fmt: skip
         print(f"The page is at {address}", flush=True)

@@ -1,4 +1,4 @@
-"""Plans the three stages on several TPU topologies; writes their table and plot.
+"""Plans the three stages on several TPU topologies; writes their tables and plot.
 
     python tools/plan_table.py --processes=2
 
@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 _PLANS = flags.DEFINE_string("plans", "docs/plans", "Where the JSON of each plan is kept.")
 _PAGE = flags.DEFINE_string("page", "docs/performance.md", "Where the table goes, between marks.")
+_COSTS_PAGE = flags.DEFINE_string("costs_page", "docs/launch.md", "Where the costs go, likewise.")
 _PLOT = flags.DEFINE_string("plot", "docs/plans.png", "Where the picture goes.")
 _CONFIGS = flags.DEFINE_list("configs", "stage1,stage2,stage3", "Names of files in configs/.")
 _TOPOLOGIES = flags.DEFINE_list(
@@ -66,7 +67,11 @@ def main() -> None:
     picture = os.path.relpath(_PLOT.value, pathlib.Path(_PAGE.value).parent)
     image = f"![Estimated seconds of a step, by kind of work]({picture})"
     table.insert(_PAGE.value, f"{table.markdown(plans)}\n\n{image}")
-    print(f"The table is in {_PAGE.value}, the plot in {_PLOT.value}.")
+    table.insert(_COSTS_PAGE.value, table.costs(plans))
+    print(
+        f"The table is in {_PAGE.value}, the plot in {_PLOT.value}, the costs in "
+        f"{_COSTS_PAGE.value}."
+    )
 
 
 def file_of(config: str, topology: Topology) -> pathlib.Path:

@@ -81,6 +81,27 @@ def cost(plan: Plan) -> tuple[float, float]:
     return hours / 24, hours * plan["num_chips"]
 
 
+def costs(plans: Sequence[Plan]) -> str:
+    """One row for each topology: days and chip-hours of every stage, and of all."""
+    topologies = list(dict.fromkeys(plan["topology"] for plan in plans))
+    stages = list(dict.fromkeys(plan["config"] for plan in plans))
+    lines = [
+        f"| topology | chips | {' | '.join(stages)} | all |",
+        "|---|---:|" + "---:|" * (len(stages) + 1),
+    ]
+    for topology in topologies:
+        here = [plan for plan in plans if plan["topology"] == topology]
+        cells = ["does not fit"] * (len(stages) + 1)
+        spent = [cost(plan) if plan["programs"]["train"]["fits"] else None for plan in here]
+        if None not in spent:
+            spent.append(tuple(map(sum, zip(*spent, strict=True))))
+        for index, each in enumerate(spent):
+            if each is not None:
+                cells[index] = f"{each[0]:.2f} days, {each[1]:,.0f}"
+        lines.append(f"| {topology} | {here[0]['num_chips']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def insert(page: epath.PathLike, text: str) -> None:
     """Puts the text between the two marks of a page, in place of what is there."""
     page = epath.Path(page)

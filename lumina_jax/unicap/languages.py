@@ -165,6 +165,6 @@ def _lingua() -> Any:
     except ImportError as error:
         raise InputError(
             f"Languages are told apart by the package 'lingua-language-detector' ({error}). "
-            "Install it: pip install 'lumina-jax[caption]'"
+            "Install it: pip install 'lumina-jax[servers]'"
         ) from error
     return lingua

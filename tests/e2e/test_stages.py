@@ -12,11 +12,11 @@ import jax
 import optax
 import pytest
 
+from configs.rehearsal import NUM_STEPS
 from lumina_jax import checkpoint, sharding
 from lumina_jax.data.buckets import Bucket
 from lumina_jax.models.next_dit import NextDiTConfig, abstract_params
 from tests.conftest import EMOJIS
-from tests.e2e.tiny_stages import NUM_STEPS
 from tests.small_data import make_emojis
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def start(*arguments, **environment):
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
-        "STAGES": " ".join(f"tests/e2e/tiny_stages.py:{stage}" for stage in NUM_STEPS),
+        "STAGES": " ".join(f"configs/rehearsal.py:{stage}" for stage in NUM_STEPS),
         "JAX_COMPILATION_CACHE_DIR": os.environ["LUMINA_JAX_TEST_CACHE"],
         **environment,
     }
@@ -88,10 +88,11 @@ def test_three_stages_follow_one_another_and_go_on_where_they_were_stopped(datas
     output = finish(start(*arguments), 0)
     assert f"Nothing to do: {stage1} has all 2 steps" in output
     assert f"Hand-over from {stage1}" not in output
-    assert f"Hand-over from {stage2}/checkpoints/60, step 60 of 60:" in output
+    last = NUM_STEPS["2"]
+    assert f"Hand-over from {stage2}/checkpoints/{last}, step {last} of {last}:" in output
     assert f"norm {norm_of_average(stage2):.6g}\n" in output
-    assert steps(stage2) == [*range(1, 61)]  # as if it had not been stopped
-    assert steps(stage3) == [1, 2]
+    assert steps(stage2) == [*range(1, last + 1)]  # as if it had not been stopped
+    assert steps(stage3) == [*range(1, NUM_STEPS["3"] + 1)]
 
 
 @pytest.mark.slow

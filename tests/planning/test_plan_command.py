@@ -215,6 +215,26 @@ def test_the_table_goes_between_its_marks_and_can_be_renewed(tmp_path):
     assert "old" not in page.read_text()
 
 
+def test_costs_of_all_stages_are_added_up_for_each_topology():
+    plans = [made_up(stage, "v5e:16x16") for stage in ("stage1", "stage2")]
+    plans += [made_up("stage1", "v6e:8x8"), made_up("stage2", "v6e:8x8", fits=False)]
+    header, _, *rows = table.costs(plans).splitlines()
+    assert header == "| topology | chips | stage1 | stage2 | all |"
+    days, hours = 1.26 * 40_000 / 3600 / 24, 1.26 * 40_000 / 3600 * 256
+    one, both = f"{days:.2f} days, {hours:,.0f}", f"{2 * days:.2f} days, {2 * hours:,.0f}"
+    assert rows[0] == f"| v5e:16x16 | 256 | {one} | {one} | {both} |"
+    assert rows[1] == f"| v6e:8x8 | 256 | {one} | does not fit | does not fit |"
+
+
+def test_the_costs_that_are_shown_are_those_of_the_plans():
+    plans = [
+        json.loads((ROOT / f"docs/plans/stage{stage}-{topology}.json").read_text())
+        for stage in (1, 2, 3)
+        for topology in ("v5e-16x16", "2xv5e-16x16", "v5p-4x4x4", "v6e-8x8", "v6e-16x16")
+    ]
+    assert table.costs(plans) in (ROOT / "docs/launch.md").read_text()
+
+
 def test_a_page_without_the_marks_is_told(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(table.END + table.BEGIN)
@@ -238,11 +258,13 @@ def test_the_plot_has_a_panel_for_each_stage(tmp_path):
 @pytest.mark.slow
 def test_one_command_makes_the_table_and_computes_nothing_twice(libtpu, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"{table.BEGIN}\n{table.END}\n")
+    costs = tmp_path / "costs.md"
+    for each in (page, costs):
+        each.write_text(f"{table.BEGIN}\n{table.END}\n")
     command = [
         sys.executable, ROOT / "tools/plan_table.py", "--configs=stage2,stage3",
         "--topologies=v5e:2x2", f"--plans={tmp_path / 'plans'}", f"--page={page}",
-        f"--plot={tmp_path / 'plans.png'}", "--change=model.preset=tiny",
+        f"--costs_page={costs}", f"--plot={tmp_path / 'plans.png'}", "--change=model.preset=tiny",
         "--change=data.resolution=256", "--change=train.batch_size=16",
         "--change=model.attention=xla", "--change=text_encoder.max_tokens=64",
     ]  # fmt: skip
@@ -253,6 +275,7 @@ def test_one_command_makes_the_table_and_computes_nothing_twice(libtpu, tmp_path
     assert json.loads(plans[1].read_text())["programs"]["train"]["same_as"] == "stage2-v5e-2x2"
     assert page.read_text().count("| v5e:2x2 |") == 2
     assert "](plans.png)" in page.read_text()
+    assert costs.read_text().count("| v5e:2x2 |") == 1
     made = [os.stat(path).st_mtime_ns for path in plans]
     assert "is in " in subprocess.run(command, **run).stdout
     assert [os.stat(path).st_mtime_ns for path in plans] == made
