@@ -260,6 +260,7 @@ def _complete(job: str, values: Mapping[str, Any], arguments: Sequence[str]) -> 
     own = dict(
         job=job,
         instance=instance,
+        queue=values["queue"].replace("{topology}", values["topology"].lower()),
         flavor=f"{values['name']}-{values['topology'].lower()}",
         image=values["images"]["tensorboard" if job == "tensorboard" else values["image"]],
         restart="Never" if TEMPLATES[job] in ("jobset.yaml.j2", "job.yaml.j2") else "Always",

@@ -136,11 +136,16 @@ def test_faults_are_forgiven_so_many_times(tmp_path, end):
 def test_no_start_begins_before_all_of_the_last_is_gone(tmp_path):
     """Process 0 does not listen to SIGTERM, nor does what it started in another process group."""
     script = """
-    if [[ -e $1/child ]]; then # the second start; a zombie is gone
+    if ((JAX_PROCESS_ID == 1)); then
+      [[ ! -e $1/told ]] || exit 0
+      until [[ -e $1/child ]]; do sleep 0.1; done
+      touch $1/told
+      exit 75
+    fi
+    if [[ -e $1/told ]]; then # the second start; a zombie is gone
       ps -o stat= -p "$(<$1/child)" | grep -v Z && exit 2
       exit 0
     fi
-    if ((JAX_PROCESS_ID == 1)); then sleep 0.5; exit 75; fi
     trap "" TERM
     set -m
     sleep 100 & echo $! >$1/child
