@@ -11,7 +11,7 @@ WORKDIR := runs/tiny
 # Processes that share the tests; each of them takes up to 4 GB.
 WORKERS := 2
 
-.PHONY: demo test test-all test-beam test-xpk locks faults soak fuzz lint format check venv clean
+.PHONY: demo test test-all rehearsal test-beam test-xpk locks faults soak fuzz lint format check venv clean
 
 ## Train a small model on real pictures and look at what it draws: about ten minutes on two cores.
 demo: $(VENV)/.demo
@@ -28,6 +28,11 @@ test: $(VENV)/.dev
 ## Slow ones too.
 test-all: $(VENV)/.dev
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+## Three stages as two processes: one is killed, one told to end, and what they learn is the same as
+## that of a run without stops. About four minutes on two cores.
+rehearsal: $(VENV)/.dev
+	$(RUN) -m pytest tests/launch/test_local.py -k rehearsal_learns $(PYTEST_ARGS)
 
 ## Kills, full disks, damaged files and the like, in real runs: about forty minutes on two cores.
 faults: $(VENV)/.dev
