@@ -20,6 +20,7 @@ TRAIN = ("--config=configs/tiny.py", "--workdir=/shared/run")
 SRUN = """\
 #!/usr/bin/env bash
 printf '%s\\n' "$@" >srun.args
+echo "$PYTHON" >srun.python
 if [[ -f wait ]]; then touch waiting; sleep 1; fi
 status=$(head -n 1 statuses)
 sed -i 1d statuses
@@ -91,6 +92,7 @@ def test_another_command_and_number_of_processes_are_taken(job):
     run(job, [0], "launch/stages.sh", "/runs", "a b", status=0, TASKS_PER_NODE="2")
     assert "--ntasks=8" in srun_arguments(job)
     assert srun_arguments(job)[-3:] == ["launch/stages.sh", "/runs", "a b"]
+    assert (job / "srun.python").read_text() == ".venv/bin/python\n"
     run(job, [0], status=0, SLURM_GPUS_ON_NODE=None, PYTHON="python3")
     assert "--ntasks-per-node=1" in srun_arguments(job)
     assert "python3" in srun_arguments(job)
@@ -108,6 +110,7 @@ def test_a_container_is_run_by_pyxis_or_apptainer(job):
         "apptainer", "exec", "--nv", "--pwd", "/app", "--bind", "/shared:/shared", "lumina.sif",
         "python", "-m", "lumina_jax.train", *TRAIN,
     ]  # fmt: skip
+    assert (job / "srun.python").read_text() == "python\n"  # what stages.sh starts
 
 
 @pytest.mark.parametrize("status", [2, 130])
