@@ -65,10 +65,10 @@ for tool in setsid setpriv pkill; do
   command -v "$tool" >/dev/null ||
     die "$tool is not there; needed: Linux with util-linux (setsid, setpriv) and procps (pkill)."
 done
-type -P "$1" >/dev/null || die "'$1' is not a program; needed: the command of each process."
+type -P -- "$1" >/dev/null || die "'$1' is not a program; needed: the command of each process."
 
 logs=$workdir/logs
-mkdir -p "$logs"
+mkdir -p "$logs" || die "WORKDIR is '$workdir'; needed: a folder that can be written to."
 : >"$logs/events.log"
 cache=${JAX_COMPILATION_CACHE_DIR:-$(cd "$workdir" && pwd)/compiled}
 
@@ -143,7 +143,8 @@ on_signal() {
 watch() {
   local id
   while ((${#running[@]})); do
-    sleep 0.1 # `wait -n` of several loses those that end at once (bash 5.2)
+    # `wait -n` of several loses those that end at once (bash 5.2). Ctrl-C ends this sleep too.
+    sleep 0.1 || true
     for id in "${!running[@]}"; do
       kill -0 "$id" 2>/dev/null || ended "$id"
     done

@@ -48,14 +48,20 @@ num_processes=$1
 kill=${KILL:-$((num_processes - 1))} preempt=${PREEMPT:-0}
 process_or_none KILL "$kill"
 process_or_none PREEMPT "$preempt"
+lost_timeout=${LOST_TIMEOUT:-10}
+[[ $lost_timeout =~ ^[1-9][0-9]{0,5}$ ]] ||
+  die "LOST_TIMEOUT is '$lost_timeout'; needed: seconds, a whole number from 1 on."
 workdir=${WORKDIR:-runs/rehearsal} python=${PYTHON:-.venv/bin/python}
-type -P "$python" >/dev/null || die "PYTHON=$python is not a program; needed: the interpreter."
 [[ -f tools/prepare_data.py ]] || die "$PWD is not the root of the checkout; start it there."
+type -P -- "$python" >/dev/null ||
+  die "PYTHON=$python is not a program; needed: the interpreter. \`make venv\` makes this one."
+mkdir -p "$workdir" || die "WORKDIR is '$workdir'; needed: a folder that can be written to."
+workdir=$(cd "$workdir" && pwd) # as the program names it in what it says
 data=$workdir/data run=$workdir/$(date +%Y%m%d-%H%M%S)
 mkdir -p "$run/logs"
-workdir=$(cd "$workdir" && pwd)
 
-echo "Data: $data"
+echo "Two to four minutes on two cores, most of them for compiling."
+echo "Logs: $run/logs"
 "$python" tools/prepare_data.py openmoji --output="$data" --resolution=16,32 --fit=pad \
   --pixels_per_token=4 --emojis=🐶🐱🍎🍋🏠🌞😀🎈🐼🦊🦁🐸 &>"$run/logs/data.log" || {
   status=$?
@@ -81,20 +87,23 @@ set -m
 WORKDIR=$run JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$workdir/compiled} \
   XLA_FLAGS=${XLA_FLAGS---xla_backend_optimization_level=0} \
   STAGES="configs/rehearsal.py:1 configs/rehearsal.py:2 configs/rehearsal.py:3" \
-  "$here/local.sh" "$num_processes" -- "$here/stages.sh" "$run" "$data/16" "$data/32" "$data/32" \
-  --lost_timeout="${LOST_TIMEOUT:-10}" >&"$screen" {screen}>&- &
+  setpriv --pdeathsig TERM "$here/local.sh" "$num_processes" -- \
+  "$here/stages.sh" "$run" "$data/16" "$data/32" "$data/32" --lost_timeout="$lost_timeout" \
+  >&"$screen" {screen}>&- &
 cluster=$!
 set +m # what is started from here on, such as a sleep, must not take Ctrl-C away
 exec {screen}>&-
-trap 'kill -INT "$cluster"' INT
-trap 'kill -TERM "$cluster"' TERM HUP
+signalled=''
+trap 'signalled=1; kill -INT "$cluster"' INT
+trap 'signalled=1; kill -TERM "$cluster"' TERM HUP
 
-# await CONDITION ...: false if all ends before.
+# await CONDITION ...: false if all ends before, or is told to.
 await() {
   until "$@"; do
-    kill -0 "$cluster" 2>/dev/null || return 1
-    sleep 0.05
+    [[ ! $signalled ]] && kill -0 "$cluster" 2>/dev/null || return 1
+    sleep 0.05 || true
   done
+  [[ ! $signalled ]]
 }
 
 # say TEXT: as launch/local.sh tells what happens to the processes.
@@ -124,6 +133,10 @@ wait "$printer" || true
 if ((status == 130 || status == 75)); then
   echo "Ended by a signal; logs are in $run/logs."
   exit "$status"
+fi
+if ((status == 2)); then
+  echo "Ended by the error above; logs are in $run/logs."
+  exit 2
 fi
 
 # What follows asks the logs.

@@ -30,7 +30,12 @@ data=("$2" "$3" "$4")
 shift 4
 read -ra configs <<<"${STAGES:-configs/stage1.py configs/stage2.py configs/stage3.py}"
 if ((${#configs[@]} != 3)); then
-  echo "STAGES='$STAGES' must name three configs." >&2
+  echo "error: STAGES is '$STAGES'; needed: three configs." >&2
+  exit 2
+fi
+python=${PYTHON:-.venv/bin/python}
+if ! type -P -- "$python" >/dev/null; then
+  echo "error: PYTHON=$python is not a program; needed: the interpreter, in the checkout's root." >&2
   exit 2
 fi
 
@@ -58,7 +63,7 @@ for number in 1 2 3; do
   run_dir=$workdir/stage$number
   [[ -z ${data[number - 1]} ]] || flags+=("--config.data.directory=${data[number - 1]}")
   echo "Stage $number of 3: $run_dir" >&2
-  run "${PYTHON:-.venv/bin/python}" -m lumina_jax.train "--config=${configs[number - 1]}" "$@" \
+  run "$python" -m lumina_jax.train "--config=${configs[number - 1]}" "$@" \
     "--workdir=$run_dir" "${flags[@]}" || exit
   flags=("--config.train.init_from=$run_dir")
 done

@@ -105,4 +105,7 @@ def test_a_stage_that_fails_ends_the_chain(dataset, tmp_path):
 def test_a_wrong_call_is_told_how_to_call():
     assert "launch/stages.sh WORKDIR DATA1 DATA2 DATA3" in finish(start("runs"), 2)
     assert "first stage whose exit status is not 0" in finish(start("--help"), 0)
-    assert "must name three configs" in finish(start("w", "a", "b", "c", STAGES="one.py"), 2)
+    assert "needed: three configs" in finish(start("w", "a", "b", "c", STAGES="one.py"), 2)
+    assert "PYTHON=/no/python is not a program" in finish(
+        start("w", "a", "b", "c", PYTHON="/no/python"), 2
+    )

@@ -214,6 +214,10 @@ def test_a_wrong_call_is_told_what_is_needed(tmp_path):
     assert "KILL is '2'; needed: a process from 0 to 1, or none" in told(2, KILL="2")
     assert "PREEMPT is 'x'" in told(2, PREEMPT="x")
     assert "PYTHON=/no/python is not a program" in told(2, PYTHON="/no/python")
+    assert "LOST_TIMEOUT is 'soon'; needed: seconds" in told(2, LOST_TIMEOUT="soon")
+    assert "WORKDIR is '/proc/x'; needed: a folder" in told(2, WORKDIR="/proc/x")
+    assert "WORKDIR is '/proc/x'; needed: a folder" in told(2, "true", WORKDIR="/proc/x")
+    assert "'--config=x' is not a program" in told(2, "--config=x")
     assert "Ctrl-C (130)" in finish(start(tmp_path, "--help"), 0)
 
 
@@ -232,7 +236,8 @@ def test_processes_that_lost_one_join_at_the_next_start(tmp_path):
 
 @pytest.mark.slow
 def test_a_rehearsal_learns_what_a_run_without_stops_learns(tmp_path):
-    output = finish(start(tmp_path, 2), 0, timeout=900)
+    relative = os.path.relpath(tmp_path, ROOT)  # as the default is
+    output = finish(start(tmp_path, 2, WORKDIR=relative), 0, timeout=900)
     assert output.endswith("The rehearsal went well.\n")
     assert "  ok        Process 1 was killed in stage 2, which counts.\n" in output
     assert "  ok        The others noticed it and ended with 75.\n" in output
@@ -258,24 +263,43 @@ def test_a_rehearsal_in_which_nobody_could_be_killed_has_failed(tmp_path):
     assert "The rehearsal has failed: 10 of what should be is not." in output
 
 
-@pytest.mark.slow
-def test_ctrl_c_at_a_terminal_ends_a_rehearsal(tmp_path):
+def at_a_terminal(tmp_path, *arguments, ready):
+    """Output and status of launch/local.sh in a session of its own, after Ctrl-C when `ready`."""
     control, terminal = pty.openpty()
     environment = {**os.environ, "WORKDIR": str(tmp_path), "PYTHON": sys.executable}
     process = subprocess.Popen(
-        # A session of its own, of which this is the terminal.
-        ["setsid", "--ctty", "--wait", "launch/local.sh", "2"],
+        ["setsid", "--ctty", "--wait", "launch/local.sh", *map(str, arguments)],
         cwd=ROOT, env=environment, stdin=terminal, stdout=terminal, stderr=terminal,
     )  # fmt: skip
     os.close(terminal)
     output = b""
-    while b"[1] Stage 1 of 3" not in output:
+    while not ready(output):
         output += os.read(control, 4096)
     os.write(control, b"\x03")
     with contextlib.suppress(OSError):  # that is how a terminal ends
         while part := os.read(control, 4096):
             output += part
     os.close(control)
-    assert process.wait(timeout=60) == 130
-    assert b"Told to end" in output
-    assert b"Ended by a signal; logs are in" in output
+    return output.decode(), process.wait(timeout=60)
+
+
+def test_ctrl_c_at_a_terminal_lets_all_save(tmp_path):
+    script = SAVING.replace("while true", "echo begun; while true")
+    output, status = at_a_terminal(
+        tmp_path, 2, "bash", "-c", script, "bash", tmp_path,
+        ready=lambda output: output.count(b"begun") == 2,
+    )  # fmt: skip
+    assert status == 130
+    assert "Process 0 ended with 75." in events(tmp_path)
+    assert "Process 1 ended with 75." in events(tmp_path)
+    assert all((tmp_path / f"saved.{k}").exists() for k in range(2))
+    assert "Killed" not in output
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_a_terminal_ends_a_rehearsal(tmp_path):
+    output, status = at_a_terminal(tmp_path, 2, ready=lambda output: b"[1] Stage 1 of 3" in output)
+    assert status == 130
+    assert "Told to end" in output
+    assert "SIGKILL to process" not in output
+    assert "Ended by a signal; logs are in" in output
