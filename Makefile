@@ -11,9 +11,14 @@ WORKDIR := runs/tiny
 # Processes that share the tests; each of them takes up to 4 GB.
 WORKERS := 2
 
-.PHONY: demo test test-all rehearsal test-beam test-xpk locks faults soak fuzz lint format check venv clean
+.PHONY: help demo test test-all rehearsal test-beam test-xpk locks faults soak fuzz lint format check venv clean
 
-## Train a small model on real pictures and look at what it draws: about ten minutes on two cores.
+## What there is to make.
+help:
+	@awk '/^## /{text = text substr($$0, 3); next} \
+	    /^[a-z-]+:/ && text {sub(/:.*/, ""); printf "%-10s%s\n", $$0, text} {text = ""}' $(MAKEFILE_LIST)
+
+## Train a small model on real pictures and look at what it draws: ten to fifteen minutes on two cores.
 demo: $(VENV)/.demo
 	$(RUN) tools/prepare_data.py openmoji --output=$(DATA) --flagfile=configs/tiny_data.flags
 	$(RUN) -m lumina_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
@@ -21,7 +26,7 @@ demo: $(VENV)/.demo
 	$(RUN) -m lumina_jax.evaluate --checkpoint=$(WORKDIR)
 	@echo "Look at $(WORKDIR)/evaluation/*.png and $(WORKDIR)/loss_curve.png"
 
-## The tests that a change must pass: under ten minutes on two cores.
+## The tests that a change must pass: ten to twenty minutes on two cores.
 test: $(VENV)/.dev
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 

@@ -65,6 +65,8 @@ def run(
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
+    except SystemExit:  # absl has shown the help that was asked for, and calls that a failure
+        sys.exit(0)
     except flags.UnrecognizedFlagError as error:
         names = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
         hint = f" Did you mean --{names[0]}?" if names else " `--help` lists the flags."

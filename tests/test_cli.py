@@ -41,3 +41,4 @@ def test_wrong_input_is_told_in_one_line(command, message):
 def test_help_shows_an_example(module):
     done = run("-m", f"lumina_jax.{module}", "--help")
     assert f"python -m lumina_jax.{module} --" in done.stdout
+    assert done.returncode == 0, done.stderr
