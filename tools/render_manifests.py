@@ -12,6 +12,7 @@ flag to the command of the job. Needs the `launch` extra.
 
 import difflib
 import json
+import math
 import pathlib
 import re
 import shlex
@@ -43,6 +44,20 @@ SMALL = {"cpu": "2", "memory": "8Gi", "shared_memory": "1Gi", "scratch": "10Gi"}
 # Line ends and unprintable letters that YAML folds or refuses where JSON does not.
 UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff]")
 PLACEHOLDER = re.compile(r"<[a-z][a-z-]*>")
+QUANTITY = re.compile(r"([1-9]\d*)(Ki|Mi|Gi|Ti)?")
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+BUCKET = re.compile(r"[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]")
+MESH = re.compile(r"--(?:config\.mesh\.)?(replica|data|model)=(-?\d+)")
+# Where something of the bucket lies; those of `data` come to them.
+PATHS = (
+    "models", "runs", "sample.prompts", "sample.output", "caption.input", "caption.output",
+    "prepare_data.input", "prepare_data.output", "prepare_data.caption_table",
+)  # fmt: skip
+# What may be added at the level `baseline` of Kubernetes' Pod Security Standards.
+BASELINE = (
+    "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD",
+    "NET_BIND_SERVICE", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
+)  # fmt: skip
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A file in launch/gke/topologies: v5e-256.")
 _JOB = flags.DEFINE_string("job", None, f"One of {', '.join(TEMPLATES)}.")
@@ -93,7 +108,7 @@ def load(topology: str, project: str, changes: Sequence[str] = ()) -> dict[str, 
     values = {**theirs, **_read(FOLDER / "topologies" / f"{topology}.yaml"), "topology": topology}
     for change in changes:
         _change(values, change)
-    return values
+    return _replaced(values, {"{name}": values["name"], "{topology}": topology.lower()})
 
 
 def _yaml():
@@ -154,6 +169,17 @@ def _change(values: dict[str, Any], change: str) -> None:
     place[key] = value
 
 
+def _replaced(values: Any, marks: Mapping[str, str]) -> Any:
+    if isinstance(values, dict):
+        return {key: _replaced(value, marks) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_replaced(value, marks) for value in values]
+    if isinstance(values, str):
+        for mark, value in marks.items():
+            values = values.replace(mark, value)
+    return values
+
+
 def _keys(values: Mapping[str, Any], section: str = "") -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, dict) and key not in ("node_selector",):
@@ -186,7 +212,10 @@ def render(job: str, values: Mapping[str, Any], arguments: Sequence[str] = ()) -
         keep_trailing_newline=True,
     )
     environment.filters["plain"] = lambda value: _Plain(_as_json(value).strip('"'))
-    text = environment.get_template(TEMPLATES[job]).render(_complete(job, values, arguments))
+    own = _complete(job, values, arguments)
+    # Kubernetes would take $(...) of an argument for a variable.
+    own["command"] += [argument.replace("$(", "$$(") for argument in arguments]
+    text = environment.get_template(TEMPLATES[job]).render(own)
     _check_filled_in(text, values)
     for document in _yaml().safe_load_all(text):
         if not {"apiVersion", "kind", "metadata"} <= document.keys():
@@ -206,7 +235,7 @@ def xpk(job: str, values: Mapping[str, Any], arguments: Sequence[str] = ()) -> s
             f"--format=xpk is for stages and samples on TPUs, not for --job={job} on "
             f"--topology={values['topology']}. Leave it out."
         )
-    own = _complete(job, values, ())
+    own = _complete(job, values, arguments)
     cluster = [
         f"--cluster={own['xpk']['cluster']}", f"--project={own['gcp_project']}",
         f"--zone={own['xpk']['zone']}",
@@ -252,15 +281,13 @@ def _as_json(value: Any) -> str:
 
 def _complete(job: str, values: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
     """The values, and what follows from them for this job."""
-    instance = f"{values['name']}-{job.replace('_', '-')}"
-    _check_values(instance, values)
-    share = values["accelerator"] == "gpu" and job in ("caption", "demo")
-    parts = values["chips"] if share else 1
+    if faults := list(_faults(job, values, arguments)):
+        raise InputError("Kubernetes or the program would refuse this:\n  " + "\n  ".join(faults))
+    instance, parts = _instance(job, values), _parts(job, values)
     hosts = values["slices"] * values["hosts"]
     own = dict(
         job=job,
         instance=instance,
-        queue=values["queue"].replace("{topology}", values["topology"].lower()),
         flavor=f"{values['name']}-{values['topology'].lower()}",
         image=values["images"]["tensorboard" if job == "tensorboard" else values["image"]],
         restart="Never" if TEMPLATES[job] in ("jobset.yaml.j2", "job.yaml.j2") else "Always",
@@ -275,7 +302,7 @@ def _complete(job: str, values: Mapping[str, Any], arguments: Sequence[str]) -> 
         tensorboard=None,
         output=None,
         workers=1,
-        chips=1 if share else values["chips"],
+        chips=values["chips"] // parts,
         cpu=_part(values["cpu"], parts),
         memory=_part(values["memory"], parts),
         shared_memory=_part(values["shared_memory"], parts),
@@ -314,9 +341,7 @@ def _complete(job: str, values: Mapping[str, Any], arguments: Sequence[str]) -> 
         own.update(grace=30, command_only=True, **SMALL)
     if job == "setup":
         own.update(member=_member(values))
-    # Kubernetes would take $(...) of an argument for a variable.
-    added = [argument.replace("$(", "$$(") for argument in arguments]
-    return {**values, **own, "command": [*_command(job, {**values, **own}), *added]}
+    return {**values, **own, "command": _command(job, {**values, **own})}
 
 
 def _command(job: str, values: Mapping[str, Any]) -> list[str]:
@@ -351,13 +376,8 @@ def _command(job: str, values: Mapping[str, Any]) -> list[str]:
         asked = values["caption"]
         if values["accelerator"] == "gpu":
             backend = f"--model=/models/{asked['model']}"
-        elif asked["servers"]:
-            backend = f"--server={','.join(asked['servers'])}"
         else:
-            raise InputError(
-                "caption.servers is empty, and --topology=cpu has no GPU for a model of its own. "
-                "Name the servers that caption: --set='caption.servers=[http://node0:8000/v1]'."
-            )
+            backend = f"--server={','.join(asked['servers'])}"
         return [
             "python", "tools/caption.py", asked["source"],
             f"--input={_url(values, asked['input'])}",
@@ -412,42 +432,121 @@ def _url(values: Mapping[str, Any], *path: str) -> str:
     return "/".join([f"gs://{values['bucket']}", folder, *rest])
 
 
-def _quantity(text: str) -> tuple[int, str]:
-    if not (match := re.fullmatch(r"([1-9]\d*)(Ki|Mi|Gi|Ti)?", text)):
-        raise InputError(f"{text!r} is no quantity, such as '80' of cores or 128Gi.")
-    return int(match[1]), match[2] or ""
+def _instance(job: str, values: Mapping[str, Any]) -> str:
+    return f"{values['name']}-{job.replace('_', '-')}"
+
+
+def _parts(job: str, values: Mapping[str, Any]) -> int:
+    """How many pods share a host: what captions or shows a page on GPUs takes one of them."""
+    return values["chips"] if values["accelerator"] == "gpu" and job in ("caption", "demo") else 1
 
 
 def _part(text: str, parts: int) -> str:
-    number, unit = _quantity(text)
-    return f"{number // parts}{unit}"
+    number, unit = QUANTITY.fullmatch(text).groups("")
+    return f"{int(number) // parts}{unit}"
 
 
 def _times(text: str, times: int) -> str:
-    number, unit = _quantity(text)
-    return f"{number * times}{unit}"
+    number, unit = QUANTITY.fullmatch(text).groups("")
+    return f"{int(number) * times}{unit}"
 
 
-def _check_values(instance: str, values: Mapping[str, Any]) -> None:
-    """Refuses what Kubernetes would refuse, or what would have no effect."""
-    longest = f"{instance}-host-{values['slices'] - 1}-{values['hosts'] - 1}-xxxxx"
+def _faults(job: str, values: Mapping[str, Any], arguments: Sequence[str] = ()) -> Iterator[str]:
+    """What Kubernetes, the storage or the program would refuse later, or would not heed."""
+    # Names.
+    longest = f"{_instance(job, values)}-host-{values['slices'] - 1}-{values['hosts'] - 1}-xxxxx"
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", values["name"]) or len(longest) > 63:
-        raise InputError(
+        yield (
             f"name={values['name']!r} must be small letters, digits and -, beginning with a "
             f"letter, and short: {longest} may have 63 letters."
         )
+    for key in ("namespace", "service_account"):
+        if not LABEL.fullmatch(values[key]):
+            yield f"{key}={values[key]!r} must be small letters, digits and - between, 63 at most."
+    bucket = values["bucket"]
+    if not (BUCKET.fullmatch(bucket) or PLACEHOLDER.search(bucket)):
+        yield (
+            f"bucket={bucket!r} must be the name alone, without gs://: 3 to 63 small letters, "
+            f"digits, -, _ and ."
+        )
+    for variant, image in values["images"].items():
+        if not (re.search(r"@sha256:[0-9a-f]{64}$", image) or PLACEHOLDER.search(image)):
+            yield f"images.{variant}={image!r} must end in its digest, @sha256: and 64 digits."
+    # Paths.
+    texts = dict(_texts(values))
+    for key in (*PATHS, *(key for key in texts if key.startswith("data."))):
+        if texts[key].startswith("/") or "://" in texts[key]:
+            yield f"{key}={texts[key]!r} must be a path below the bucket, such as a/b."
+    for key in ("models", "weights", "runs"):
+        if not texts[key]:
+            yield f"{key} must not be empty: name a folder."
     cache = values["compilation_cache"]
     needed = {"gcsfuse": "path", "pvc": "claim"}.get(cache["kind"])
     if needed is None or not cache[needed]:
-        raise InputError(
+        yield (
             f"compilation_cache={json.dumps(cache)} must be of kind gcsfuse with a path, or of "
             f"kind pvc with a claim."
         )
+    for key in ("models", "runs", "compilation_cache.path"):
+        if "," in texts[key]:
+            yield f"{key}={texts[key]!r} must have no comma: it stands in a list of mount options."
+    # Numbers.
+    least = {"max_restarts": 0, "grace_seconds": 1, "join_timeout": 1}
+    for key, number in (least | dict.fromkeys(("slices", "hosts", "chips"), 1)).items():
+        if values[key] < number:
+            yield f"{key}={values[key]} must be at least {number}."
+    for section, key, number in (("caption", "workers", 1), ("xpk", "max_restarts", 0)):
+        if values[section][key] < number:
+            yield f"{section}.{key}={values[section][key]} must be at least {number}."
+    for key in ("cpu", "memory", "shared_memory", "scratch"):
+        if not (quantity := QUANTITY.fullmatch(values[key])):
+            yield f"{key}={values[key]!r} is no quantity, such as '80' of cores or 128Gi."
+        elif int(quantity[1]) < _parts(job, values):
+            yield (
+                f"{key}={values[key]} leaves nothing to each of the {values['chips']} pods of a "
+                f"host: give more, or say it in a smaller unit."
+            )
+    if values["accelerator"] != "tpu" and values["slices"] != 1:
+        yield f"slices={values['slices']} are of TPUs: of others set hosts."
+    mesh = {
+        found[1]: int(found[2])
+        for word in (*values["flags"].get(job, ()), *arguments)
+        if (found := MESH.fullmatch(word))
+    }
+    chips = values["slices"] * values["hosts"] * values["chips"]
+    if {"replica", "data"} <= mesh.keys() and not _fits(list(mesh.values()), chips):
+        yield (
+            f"The mesh {' '.join(f'{axis}={size}' for axis, size in mesh.items())} must multiply "
+            f"to the {chips} chips; -1 takes what is left. Change it in `flags` or by --arg."
+        )
+    # Rights.
+    more = ["host_network"] * values["host_network"]
+    more += [name for name in values["capabilities"] if name not in BASELINE]
+    if values["pod_security"] not in ("baseline", "privileged"):
+        yield f"pod_security={values['pod_security']!r} must be baseline or privileged."
+    elif more and values["pod_security"] != "privileged":
+        yield (
+            f"{', '.join(more)} of --topology={values['topology']} must have "
+            f"pod_security=privileged, in the project: the namespace admits no such pods otherwise."
+        )
     if values["capabilities"] and values["user"] != 0:
-        raise InputError(
+        yield (
             f"capabilities={json.dumps(values['capabilities'])} do nothing for user "
             f"{values['user']}: set user=0 too, or leave them out."
         )
+    if job == "caption" and values["accelerator"] != "gpu" and not values["caption"]["servers"]:
+        yield (
+            f"caption.servers is empty, and --topology={values['topology']} has no GPU for a model "
+            f"of its own. Name servers: --set='caption.servers=[http://node0:8000/v1]'."
+        )
+
+
+def _fits(sizes: list[int], chips: int) -> bool:
+    """Whether a mesh has as many chips as there are."""
+    given = math.prod(size for size in sizes if size != -1)
+    if given < 1 or sizes.count(-1) > 1:
+        return False
+    return chips % given == 0 if -1 in sizes else given == chips
 
 
 def _lines(command: Sequence[str], words: int) -> str:

@@ -3,6 +3,7 @@
 `python -m tests.launch.test_manifests` renews the golden files.
 """
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -12,6 +13,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from concurrent import futures
 
 import pytest
 import yaml
@@ -36,8 +38,9 @@ def text_of(topology, job, *changes):
     return render(job, load(topology, str(PROJECT), changes))
 
 
+@functools.cache
 def objects(topology, job, *changes):
-    return list(yaml.safe_load_all(text_of(topology, job, *changes)))
+    return tuple(yaml.safe_load_all(text_of(topology, job, *changes)))
 
 
 def object_of(kind, topology, job, *changes):
@@ -197,6 +200,57 @@ def amount(quantity):
     return int(number) * 1024 ** ["", "Ki", "Mi", "Gi", "Ti"].index(unit)
 
 
+# Do the node pools, whose commands stand at the top of the topology files, fit them?
+
+
+def node_pool(topology):
+    """The flags of the command for the node pool, joined from the lines of the comment."""
+    text = (ROOT / f"launch/gke/topologies/{topology}.yaml").read_text()
+    comment = "".join(line[1:] for line in text.partition("\n\n")[0].splitlines(keepends=True))
+    (command,) = re.findall(r"gcloud container node-pools create NAME((?: .*\\\n)* .*)", comment)
+    words = command.replace("\\\n", " ").split()
+    return dict(word.removeprefix("--").split("=", 1) for word in words)
+
+
+def disk_for_pods(disk):
+    """What pods may ask for of a boot disk, in bytes; never more than GKE gives.
+
+    GKE keeps 6 GiB and 35% of the disk and 10% of its file system, which is 5.75 GiB smaller: so
+    an example of its documentation, 47060071478 bytes of 100 GB. Of large disks it keeps less.
+    https://cloud.google.com/kubernetes-engine/docs/concepts/plan-node-sizes
+    """
+    return int((0.9 * (disk - 5.75) - 6 - 0.35 * disk) * 2**30)
+
+
+def test_the_room_on_a_disk_is_that_of_the_documentation():
+    assert disk_for_pods(100) == pytest.approx(47060071478, rel=1e-3)
+
+
+@pytest.mark.parametrize("topology", topologies())
+def test_pods_fit_on_the_node_pool_of_their_topology(topology):
+    pool, values = node_pool(topology), load(topology, str(PROJECT))
+    assert pool["node-locations"] == "ZONE"  # else as many nodes in each zone
+    assert int(pool["num-nodes"]) == values["hosts"]
+    labels = values["node_selector"]
+    of_tpus = labels.get("cloud.google.com/gke-tpu-topology")
+    assert pool.get("tpu-topology") == (of_tpus if values["hosts"] > 1 else None)
+    if values["accelerator"] == "gpu":
+        gpus = dict(part.split("=") for part in pool["accelerator"].split(","))
+        assert gpus["type"] == labels["cloud.google.com/gke-accelerator"]
+        assert int(gpus["count"]) == values["chips"]
+        assert gpus["gpu-driver-version"] == "latest"
+    room = disk_for_pods(int(pool.get("disk-size", 100)))
+    for job in [job for where, job in RUNNING if where == topology]:
+        (pod,) = pods_of(topology, job)
+        resources = pod["spec"]["containers"][0]["resources"]
+        # GCS FUSE asks for what it is allowed.
+        annotations = pod["metadata"].get("annotations", {})
+        fuse = annotations.get("gke-gcsfuse/ephemeral-storage-limit", "0")
+        one = amount(resources["requests"]["ephemeral-storage"]) + amount(fuse)
+        chips = resources.get("limits", {}).get(values["resource"])
+        assert one * (values["chips"] // chips if chips else 1) <= room, job
+
+
 # Golden files.
 
 
@@ -222,15 +276,16 @@ def test_no_golden_file_is_of_a_topology_that_is_gone():
 # Do the commands run?
 
 
-def program_flags(command):
-    """The flags that the program of a command defines, in a process of its own."""
+PROGRAMS = [(topology, job) for topology, job in RUNNING if job != "tensorboard"]
+
+
+def module_of(command):
     _, *words = command
-    module = words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
-    return _flags_of(module)
+    return words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
 
 
-@functools.cache
-def _flags_of(module):
+def flags_of(module):
+    """The flags that a program defines, in a process of its own."""
     code = (
         "import importlib, json, sys; from absl import flags\n"
         f"module = importlib.import_module({module!r})\n"
@@ -244,12 +299,18 @@ def _flags_of(module):
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize(
-    ("topology", "job"), [pair for pair in RUNNING if pair[1] != "tensorboard"]
-)
-def test_every_flag_is_one_of_the_program_and_every_config_is_there(topology, job):
+@pytest.fixture(scope="module")
+def program_flags():
+    """Of all programs at once: it is their imports that take the time."""
+    modules = sorted({module_of(command_of(*pair)) for pair in PROGRAMS})
+    with futures.ThreadPoolExecutor() as pool:
+        return dict(zip(modules, pool.map(flags_of, modules), strict=True))
+
+
+@pytest.mark.parametrize(("topology", "job"), PROGRAMS)
+def test_every_flag_is_one_of_the_program_and_every_config_is_there(topology, job, program_flags):
     command = command_of(topology, job)
-    known, config = program_flags(command), None
+    known, config = program_flags[module_of(command)], None
     for word in command[2:]:
         if not word.startswith("--"):
             continue
@@ -502,13 +563,17 @@ def test_a_claim_can_hold_the_compiled_programs():
 
 
 def test_values_that_others_need_are_one_word_away():
-    pod = pods_of("v5e-256", "stage1", "user=0", "capabilities=[SYS_RESOURCE]")[0]["spec"]
+    rights = "pod_security=privileged"
+    pod = pods_of("v5e-256", "stage1", "user=0", "capabilities=[SYS_RESOURCE]", rights)[0]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is False
     security = pod["containers"][0]["securityContext"]
     assert security["capabilities"] == {"drop": ["ALL"], "add": ["SYS_RESOURCE"]}
     assert security["privileged"] is False
-    pod = pods_of("2xv5e-256", "stage1", "host_network=true", "spot=true")[0]["spec"]
+    pod = pods_of("2xv5e-256", "stage1", "host_network=true", "spot=true", rights)[0]["spec"]
     assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    mounted = [v["csi"]["volumeAttributes"] for v in pod["volumes"] if "csi" in v]
+    assert [attributes["hostNetworkPodKSA"] for attributes in mounted] == ["true", "true"]
+    assert "hostNetworkPodKSA" not in text_of("2xv5e-256", "stage1")
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     labels = object_of("JobSet", "v5e-256", "stage1", "queue=")["metadata"]["labels"]
     assert "kueue.x-k8s.io/queue-name" not in labels
@@ -516,6 +581,47 @@ def test_values_that_others_need_are_one_word_away():
     assert kinds == ["Namespace", "ServiceAccount", "NetworkPolicy"]
     account = object_of("ServiceAccount", "cpu", "setup", "gcp_service_account=a@example")
     assert account["metadata"]["annotations"] == {"iam.gke.io/gcp-service-account": "a@example"}
+
+
+def test_the_namespace_admits_what_the_project_says():
+    for level in ("baseline", "privileged"):
+        labels = object_of("Namespace", "v5e-256", "setup", f"pod_security={level}")["metadata"]
+        assert labels["labels"]["pod-security.kubernetes.io/enforce"] == level
+    # Of the level baseline, so no more is needed.
+    assert pods_of("v5e-256", "stage1", "user=0", "capabilities=[CHOWN]")
+
+
+def test_another_name_makes_another_run_of_the_same_data():
+    first, second = (
+        dict(w.split("=", 1) for w in command_of("v5e-256", "stage2", *changes) if "=" in w)
+        for changes in ((), ("name=second",))
+    )
+    differ = {flag: second[flag] for flag in first if first[flag] != second[flag]}
+    assert differ == {
+        "--workdir": "gs://example-lumina/runs/second/stage2",
+        "--config.train.init_from": "gs://example-lumina/runs/second/stage1",
+    }
+    assert "--output=gs://example-lumina/samples/second" in command_of(
+        "v5e-256", "sample", "name=second"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fits"),
+    [
+        ("replica=-1 model=2", True),
+        ("replica=4 data=64", True),
+        ("replica=16", False),
+        ("replica=0", False),
+        ("replica=-1 data=-1", False),
+        ("replica=-1 data=3", False),
+        ("replica=-1 model=-2", False),
+    ],
+)
+def test_a_mesh_by_hand_has_to_fit_the_chips(sizes, fits):
+    arguments = [f"--config.mesh.{size}" for size in sizes.split()]
+    with contextlib.nullcontext() if fits else pytest.raises(InputError, match="to the 256 chips"):
+        assert arguments[-1] in render("stage1", load("v5e-256", str(PROJECT)), arguments)
 
 
 def test_a_value_cannot_become_anything_else_than_a_value():
@@ -600,11 +706,44 @@ def test_the_example_project_has_the_keys_of_the_filled_one():
         ("cpu", "setup", ("spot=maybe",), "--set=spot=maybe is no bool, such as spot=false"),
         ("cpu", "setup", ("max_restarts=[",), "is no int, such as max_restarts=10"),
         ("cpu", "setup", ("memory=lots",), "'lots' is no quantity, such as"),
+        (
+            "v5e-256",
+            "stage1",
+            ("images.tpu=lumina:latest",),
+            "images.tpu='lumina:latest' must end in",
+        ),
         ("v5e-256", "stage1", ("name=Lumina",), "name='Lumina' must be small letters"),
         ("v5e-256", "stage1", (f"name={'x' * 60}",), "may have 63 letters"),
         ("cpu", "prepare_data", ("compilation_cache.kind=nfs",), "must be of kind gcsfuse"),
         ("cpu", "prepare_data", ("compilation_cache.kind=pvc",), "kind pvc with a claim"),
         ("v5e-256", "stage1", ("capabilities=[SYS_RESOURCE]",), "do nothing for user 10001"),
+        (
+            "v5e-256",
+            "stage1",
+            ("capabilities=[SYS_RESOURCE]", "user=0"),
+            "SYS_RESOURCE of .*=privileged",
+        ),
+        ("v5e-256", "setup", ("host_network=true",), "host_network of .* pod_security=privileged"),
+        ("cpu", "setup", ("pod_security=none",), "'none' must be baseline or privileged"),
+        ("cpu", "setup", ("bucket=gs://lumina",), "bucket='gs://lumina' must be the name alone"),
+        ("cpu", "setup", ("bucket=ab",), "bucket='ab' must be"),
+        ("cpu", "setup", ("namespace=My_Space",), "namespace='My_Space' must be small letters"),
+        ("cpu", "setup", ("service_account=",), "service_account='' must be small letters"),
+        (
+            "cpu",
+            "setup",
+            ("data.stage1=gs://b/x",),
+            r"data\.stage1='gs://b/x' must be a path below",
+        ),
+        ("cpu", "setup", ("runs=/runs",), "runs='/runs' must be a path below the bucket"),
+        ("cpu", "setup", ("models=",), "models must not be empty"),
+        ("cpu", "tensorboard", ("runs=a,b",), "runs='a,b' must have no comma"),
+        ("v5e-256", "stage1", ("compilation_cache.path=a,b",), "path='a,b' must have no comma"),
+        ("v5e-256", "stage1", ("max_restarts=-1",), "max_restarts=-1 must be at least 0"),
+        ("cpu", "caption", ("caption.workers=0",), r"caption\.workers=0 must be at least 1"),
+        ("h100", "caption", ("memory=4Gi",), "memory=4Gi leaves nothing to each of the 8 pods"),
+        ("h100", "stage1", ("slices=2",), "slices=2 are of TPUs: of others set hosts"),
+        ("v5e-256", "stage1", ("hosts=32",), "replica=8 data=32 must multiply to the 128 chips"),
         ("cpu", "caption", ("caption.servers=[]",), "caption.servers is empty"),
     ],
 )
@@ -630,6 +769,12 @@ def test_a_project_of_another_shape_is_refused_in_words(tmp_path, text, message)
         load("cpu", str(path))
     with pytest.raises(InputError, match=r"none\.yaml cannot be read"):
         load("cpu", str(tmp_path / "none.yaml"))
+
+
+def test_all_faults_are_said_at_once():
+    changes = ("bucket=gs://b", "max_restarts=-1", "models=a,b")
+    with pytest.raises(InputError, match=r"(?s)bucket=.*models=.*max_restarts=-1"):
+        render("setup", load("cpu", str(PROJECT), changes))
 
 
 def test_setup_runs_no_command_to_add_flags_to():
