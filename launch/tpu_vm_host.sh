@@ -5,9 +5,10 @@
 #   launch/tpu_vm_host.sh start ATTEMPT command ...   start it, once for each name ATTEMPT
 #   launch/tpu_vm_host.sh state                       print "@host NAME STATE ATTEMPT"
 #   launch/tpu_vm_host.sh log FROM                    print the log, each line after the host's name
-#   launch/tpu_vm_host.sh stop TERM|KILL              end the command, or it and all its children
+#   launch/tpu_vm_host.sh stop TERM|KILL [ATTEMPT]    end the command, or it and all its children
 #
 #   FROM   as for tail -n: 20, the last twenty lines, or +1, all; then what comes until the run ends
+#          +N prints "@log N" first: so who is connected again knows where this begins
 #   STATE  none, running, lost (gone without a word: the host was started again), or the exit status
 #
 #   launch/tpu_vm_host.sh start first .venv/bin/python -m lumina_jax.train --help
@@ -32,11 +33,11 @@ die() {
 }
 
 read_env() {
+  local line
   [[ -f $home/env ]] || return 0
-  set -a
-  # shellcheck source=/dev/null
-  . "$home/env"
-  set +a
+  while IFS= read -r line || [[ $line ]]; do
+    [[ ! $line =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || export "${line?}"
+  done <"$home/env"
 }
 
 # The image has an older Python than is needed; uv brings one, and has no need of root.
@@ -59,30 +60,41 @@ alive() {
   ! flock --nonblock "$home/lock" true
 }
 
+begun() { # ATTEMPT
+  [[ -f $home/attempt && $(cat "$home/attempt") == "$1" ]]
+}
+
 # start ATTEMPT command ...
 start() {
   exec 9>>"$home/lock"
-  if ! flock --wait 5 9; then # not at once: `state` looks at it too
-    [[ $(cat "$home/attempt") != "$1" ]] || return 0
+  flock --wait 1 9 || { # not at once: `state` looks at it too
+    begun "$1" && return
     die "another run is alive; needed: launch/tpu_vm.sh stop."
-  fi
-  [[ ! -f $home/attempt || $(cat "$home/attempt") != "$1" ]] || return 0
+  }
+  begun "$1" && return
   read_env
-  rm -f "$home/pid" "$home/status"
-  echo "$1" >"$home/attempt"
+  rm -f "$home/pid" "$home/status" "$home/attempt"
   mkdir -p "$home/logs"
   ln -sfn "logs/$1" "$home/log"
   # tools/*.py import lumina_jax, which is no package of the environment.
-  PATH=$PWD/.venv/bin:$PATH PYTHONPATH=$PWD setsid --fork launch/tpu_vm_host.sh supervise "${@:2}" \
+  PATH=$PWD/.venv/bin:$PATH PYTHONPATH=$PWD setsid --fork launch/tpu_vm_host.sh supervise "$@" \
     </dev/null >>"$home/log" 2>&1
+  exec 9>&-
+  until begun "$1"; do
+    alive || die "the run has not begun; is the disk full?"
+    sleep 0.05
+  done
 }
 
+# supervise ATTEMPT command ...
 # Waits for the command and writes down how it ended; the lock is inherited.
 supervise() {
-  local status
+  local status attempt=$1
+  shift
   trap : TERM # at a shutdown every process is told, so it need not be handed on
   echo "--- $(date +%FT%T) $*"
   echo "$$" >"$home/session"
+  echo "$attempt" >"$home/attempt" # it has begun: on a full disk it never does
   "$@" &
   echo "$!" >"$home/pid"
   while true; do
@@ -114,13 +126,15 @@ log() {
   local pid=4194305 # above all that Linux gives: tail ends at once
   [[ -f $home/log ]] || die "there is no run yet."
   if alive && [[ -f $home/pid ]]; then pid=$(cat "$home/pid"); fi
+  [[ $1 != +* ]] || echo "@log ${1#+}"
   tail --lines="$1" --follow --sleep-interval=0.5 --pid="$pid" "$home/log" |
     sed -u "s/^/$(hostname): /"
 }
 
-# stop SIGNAL
+# stop SIGNAL [ATTEMPT]
 stop() {
   alive && [[ -f $home/pid ]] || return 0
+  [[ -z ${2:-} ]] || begun "$2" || return 0
   case $1 in
     TERM) kill -TERM "$(cat "$home/pid")" || true ;;
     KILL) pkill -KILL --session "$(cat "$home/session")" || true ;;
@@ -130,7 +144,8 @@ stop() {
 
 case ${1:-} in
   install | state) (($# == 1)) || usage 2 >&2 ;;
-  log | stop) (($# == 2)) || usage 2 >&2 ;;
+  log) (($# == 2)) || usage 2 >&2 ;;
+  stop) (($# == 2 || $# == 3)) || usage 2 >&2 ;;
   start) (($# >= 3)) || usage 2 >&2 ;;
   supervise) ;;
   -h | --help) usage 0 ;;

@@ -62,6 +62,7 @@ class Cloud:
             "FAKE_GCLOUD": str(self.root),
             "PATH": f"{self.root}/bin:{os.environ['PATH']}",
             "NAME": "lumina", "ZONE": "us-east5-a", "TYPE": "v6e-8", "POLL": "0.1",
+            "XDG_RUNTIME_DIR": str(self.root),
         }  # fmt: skip
 
     def make_checkout(self):
@@ -72,9 +73,16 @@ class Cloud:
         (launch / "locks/build.txt").write_text("pip==1 --hash=sha256:0\n")
         (launch / "locks/tpu.txt").write_text("jax==1 --hash=sha256:0\n")
         script(self.checkout / "work.sh", WORK)
-        git = ["git", "-C", self.checkout, "-c", "user.name=n", "-c", "user.email=e"]
-        for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
-            subprocess.run([*git, *command], check=True)
+        self.git("init", "-q")
+        self.commit()
+
+    def git(self, *arguments):
+        identity = ("-c", "user.name=n", "-c", "user.email=e")
+        subprocess.run(["git", "-C", self.checkout, *identity, *arguments], check=True)
+
+    def commit(self):
+        self.git("add", ".")
+        self.git("commit", "-qm", "all")
 
     def start(self, *arguments, **settings):
         return subprocess.Popen(
@@ -102,7 +110,21 @@ class Cloud:
     def wait_for_step(self, step, num_hosts=2):
         wait_until(lambda: len(self.steps()) == num_hosts and min(self.steps().values()) >= step)
 
+    def wait_for_look_on(self):
+        """For a second one that watches the same run."""
+        wait_until(lambda: (self.root / "calls.log").read_text().count(" log +1") == 2)
+
+    def on_host(self, name, command):
+        host = self.root / "lumina/hosts" / name
+        environ = {
+            **self.environ, "PATH": f"{self.root}/host_bin:{os.environ['PATH']}",
+            "HOME": str(host), "FAKE_HOST": str(host), "HOST_NAME": f"t1v-{name}",
+        }  # fmt: skip
+        subprocess.run(["bash", "-c", command], cwd=host, check=True, env=environ)
+
     def kill_all(self):
+        for broken in ("offline", "deaf"):
+            (self.root / broken).unlink(missing_ok=True)
         if (self.root / "lumina/hosts").exists():
             self.preempt()
 
@@ -147,13 +169,16 @@ def work(cloud, num_steps):
 
 def test_a_run_outlives_a_preemption_on_new_hosts_until_it_is_done(cloud, tmp_path):
     secrets = tmp_path / "secrets"
-    secrets.write_text("TOKEN=secret\n")
+    secrets.write_text("# mine\n\nTOKEN=secret $(id)\n")
+    (cloud.root / "unavailable").write_text("1")
     settings = ("--slices=2", "--capacity=spot", f"--env_file={secrets}", "--service_account=me@x")
     process = cloud.start("up", *settings, *work(cloud, 30))
     cloud.wait_for_step(3, num_hosts=4)
     hosts = cloud.root / "lumina/hosts"
     assert (hosts / "1-1/lumina_jax/.venv/packages").read_text() == "jax==1 --hash=sha256:0\n"
-    assert (hosts / "1-1/.lumina_jax/env").read_text() == "TOKEN=secret\n"
+    assert (hosts / "1-1/.lumina_jax/env").read_text() == secrets.read_text()
+    script(cloud.checkout / "work.sh", "exit 2\n")
+    cloud.commit()
     cloud.preempt()
     out, err = finish(process, 0)
 
@@ -161,7 +186,9 @@ def test_a_run_outlives_a_preemption_on_new_hosts_until_it_is_done(cloud, tmp_pa
     assert len(cloud.starts()) == 8
     assert re.search(r"The hosts have gone: lumina is SUSPEND", err)
     assert "lumina is PROVISIONING." in err
+    assert "Again: hosts that could not be prepared counts, restart 1 of 10." in err
     assert "Done: all 4 host(s) ended with 0." in err
+    assert "To give it back: launch/tpu_vm.sh delete --name=lumina --zone=us-east5-a\n" in err
     shown = {line for line in out.splitlines() if ": step " in line}
     assert shown <= {f"t1v-0-0: step {n}" for n in range(30)}
     assert "t1v-0-0: step 29" in shown
@@ -176,15 +203,148 @@ def test_a_run_outlives_a_preemption_on_new_hosts_until_it_is_done(cloud, tmp_pa
     assert not (cloud.root / "lumina").exists()
 
 
-def test_a_broken_connection_does_not_end_the_run_and_loses_no_line(slice_):
-    process = slice_.start("run", *work(slice_, 60))
+def test_a_broken_connection_does_not_end_the_run_and_loses_or_repeats_no_line(slice_):
+    process = slice_.start("run", "--delete", *work(slice_, 60))
     slice_.wait_for_step(5)
     (slice_.root / "broken").write_text("4")
     out, err = finish(process, 0)
-    assert "host(s) do not answer: ERROR: (gcloud) Connection closed" in err
     assert slice_.starts() == ["t1v-0-0", "t1v-0-1"]
     lines = [line for line in out.splitlines() if ": step " in line]
     assert lines == [f"t1v-0-0: step {n}" for n in range(60)]
+    assert not (slice_.root / "broken").exists()
+    assert not (slice_.root / "lumina").exists()
+    assert "To give it back" not in err
+
+
+def test_slices_that_do_not_answer_are_never_deleted(slice_):
+    process = slice_.start("up", "--patience=3", *work(slice_, 1000))
+    slice_.wait_for_step(3)
+    (slice_.root / "deaf").write_text("0-1")
+    _, err = finish(process, 1)
+    assert "1 of 2 host(s) do not answer: ssh: Connection timed out" in err
+    assert "Stop: no answer in 3 looks, but lumina is ACTIVE and the run there may go on." in err
+    assert "To give it back: launch/tpu_vm.sh delete" in err
+    assert slice_.calls("delete") == []
+    # The run does go on, and the same call finds it.
+    (slice_.root / "deaf").unlink()
+    process = slice_.start("up", *work(slice_, 1000))
+    slice_.wait_for_look_on()
+    (slice_.bucket / "enough").touch()
+    _, err = finish(process, 0)
+    assert "It is running already; looking on." in err
+    assert slice_.starts() == ["t1v-0-0", "t1v-0-1"]
+
+
+def test_a_machine_that_is_offline_for_long_goes_on_when_it_is_back(slice_):
+    process = slice_.start("up", "--patience=1", *work(slice_, 1000))
+    slice_.wait_for_step(3)
+    calls = len(slice_.calls("list"))
+    (slice_.root / "offline").touch()
+    wait_until(lambda: len(slice_.calls("list")) >= calls + 4)
+    (slice_.root / "offline").unlink()
+    (slice_.bucket / "enough").touch()
+    _, err = finish(process, 0)
+    assert "2 of 2 host(s) do not answer: ERROR: (gcloud) Unable to find the server" in err
+    assert slice_.starts() == ["t1v-0-0", "t1v-0-1"]
+    assert slice_.calls("delete") == []
+
+
+def test_nothing_is_installed_under_what_still_runs(slice_):
+    slice_.call("run", "--", "sh", "-c", "sleep 100 &")
+    before = slice_.root / "lumina/hosts/0-1/lumina_jax/work.sh"
+    before.write_text("as it was")
+    _, err = slice_.call("install", status=2)
+    assert "error: t1v-0-1: a run is alive." in err
+    assert before.read_text() == "as it was"
+
+
+def test_offline_at_the_start_is_said_at_once(cloud):
+    (cloud.root / "offline").touch()
+    _, err = cloud.call("up", *work(cloud, 1), status=2)
+    assert "gcloud cannot tell the state of lumina" in err
+
+
+def test_of_two_that_start_the_same_run_one_ends_and_ends_nothing(slice_):
+    process = slice_.start("up", *work(slice_, 1000))
+    slice_.wait_for_step(3)
+    _, err = slice_.call("run", *work(slice_, 1000), status=2)
+    assert "Another up or run of lumina is at work on this machine" in err
+    # Another machine's, between two looks of this one.
+    process.send_signal(signal.SIGSTOP)
+    for host in ("0-0", "0-1"):
+        there = "lumina_jax/launch/tpu_vm_host.sh"
+        slice_.on_host(
+            host, f"{there} stop KILL; {there} start other ./work.sh {slice_.bucket} 1000"
+        )
+    process.send_signal(signal.SIGCONT)
+    _, err = finish(process, 2)
+    assert "another run or up has started an attempt of its own on t1v-0-0 t1v-0-1" in err
+    slice_.on_host("0-0", f"{there} stop KILL mine")
+    assert re.search(r"t1v-0-0 running other\nt1v-0-1 running other", slice_.call("status")[0])
+
+
+@pytest.mark.slow
+def test_two_machines_with_one_command_destroy_nothing(slice_, tmp_path):
+    processes = []
+    for machine in ("a", "b"):
+        (tmp_path / machine).mkdir()
+        processes.append(
+            slice_.start(
+                "up", "--grace=0", *work(slice_, 1000), XDG_RUNTIME_DIR=str(tmp_path / machine)
+            )
+        )
+        slice_.wait_for_step(3)
+    slice_.wait_for_look_on()
+    (slice_.bucket / "t1v-0-0.fault").write_text("75\n")
+    wait_until(lambda: any(process.poll() is not None for process in processes))
+    (slice_.bucket / "enough").touch()
+    statuses = [process.communicate(timeout=60) and process.returncode for process in processes]
+    assert sorted(statuses) in ([0, 2], [2, 2])
+    assert slice_.calls("delete") == []
+    assert len(slice_.calls("create")) == 1
+
+
+def test_a_start_that_keeps_failing_is_counted(slice_):
+    # As on a full disk: nothing can be written down.
+    (slice_.root / "lumina/hosts/0-1/.lumina_jax/session").mkdir(parents=True)
+    _, err = slice_.call("up", "--max_restarts=1", *work(slice_, 1000), status=1)
+    assert "error: t1v-0-1: the run has not begun; is the disk full?" in err
+    assert "Stop: a start that failed, after 1 counted restart(s), --max_restarts=1." in err
+    assert "SIGTERM to what still runs: t1v-0-0" in err
+    assert len(slice_.calls("create")) == 1
+    assert slice_.calls("delete") == []
+
+
+@pytest.mark.slow
+def test_a_host_that_answers_late_is_started_late(cloud):
+    (cloud.root / "states").write_text("ACTIVE")
+    cloud.call("create", "--slices=2")
+    cloud.call("install", "--slices=2")
+    (cloud.root / "deaf").write_text("0-1")
+    process = cloud.start("run", "--slices=2", *work(cloud, 50))
+    wait_until(lambda: cloud.calls("list"))
+    assert set(cloud.starts()) == {"t1v-0-0", "t1v-1-0", "t1v-1-1"}
+    (cloud.root / "deaf").unlink()
+    finish(process, 0)
+    assert len(cloud.starts()) == 4
+
+
+def test_the_environment_is_taken_as_it_is_and_removed_by_an_install_without(slice_, tmp_path):
+    secrets = tmp_path / "secrets"
+    secrets.write_text('# mine\nTOKEN=$(id) "a" #b\n')
+    slice_.call("run", f"--env_file={secrets}", "--", "sh", "-c", "echo token $TOKEN")
+    assert 't1v-0-1: token $(id) "a" #b\n' in slice_.call("logs", "--all")[0]
+    slice_.call("install")
+    assert not (slice_.root / "lumina/hosts/0-1/.lumina_jax/env").exists()
+
+
+@pytest.mark.parametrize("line", ["export A=1", "a word", "A =1", "A=1\r"], ids=str.strip)
+def test_what_is_no_variable_is_refused_and_not_shown(cloud, tmp_path, line):
+    secrets = tmp_path / "secrets"
+    secrets.write_bytes(f"A=1\n{line}".encode())
+    _, err = cloud.call("install", f"--env_file={secrets}", status=2)
+    assert f"error: {secrets}, line 2: needed: NAME=value or # a comment." in err
+    assert not (cloud.root / "calls.log").exists()
 
 
 @pytest.mark.slow
@@ -194,12 +354,8 @@ def test_a_connection_that_breaks_at_the_start_starts_nobody_twice(slice_):
     finish(process, 0)
     started = [call for call in slice_.calls("ssh") if " start " in " ".join(call)]
     command = next(word for word in started[0] if word.startswith("--command="))
-    for _ in range(2):
-        for host in (slice_.root / "lumina/hosts").iterdir():
-            subprocess.run(
-                ["bash", "-c", command.removeprefix("--command=")], cwd=host, check=True,
-                env={**slice_.environ, "HOME": str(host), "HOST_NAME": f"t1v-{host.name}"},
-            )  # fmt: skip
+    for host in 2 * ["0-0", "0-1"]:
+        slice_.on_host(host, command.removeprefix("--command="))
     assert slice_.starts() == ["t1v-0-0", "t1v-0-1"]
 
 
@@ -249,7 +405,7 @@ def test_who_calls_again_looks_on_at_the_run_that_is_there(slice_):
     _, err = slice_.call("install", status=2)
     assert "A run is alive on t1v-0-0 t1v-0-1; needed: launch/tpu_vm.sh stop." in err
     process = slice_.start("up", *work(slice_, 1000))
-    wait_until(lambda: (slice_.root / "calls.log").read_text().count(" log +1") == 2)
+    slice_.wait_for_look_on()
     (slice_.bucket / "enough").touch()
     out, err = finish(process, 0)
     assert "It is running already; looking on." in err
@@ -272,19 +428,6 @@ def test_a_run_is_stopped_and_its_state_and_log_are_shown(slice_):
     assert "t1v-0-0: saved\n" in out
     out, _ = slice_.call("logs", "--all")
     assert {"t1v-0-0: saved", "t1v-0-1: saved"} <= set(out.splitlines())
-
-
-@pytest.mark.slow
-def test_hosts_that_stay_silent_are_replaced(cloud):
-    (cloud.root / "states").write_text("ACTIVE")
-    process = cloud.start("up", "--patience=1", *work(cloud, 100))
-    cloud.wait_for_step(3)
-    (cloud.root / "deaf").touch()
-    wait_until(lambda: len(cloud.calls("create")) == 2)
-    (cloud.root / "deaf").unlink()
-    _, err = finish(process, 0)
-    assert "2 of 2 host(s) do not answer" in err
-    assert "The hosts have gone: no answer for 1 s." in err
 
 
 @pytest.mark.slow
@@ -315,7 +458,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud):
     assert sum(line.startswith("git ") for line in lines) == 1
     copies = [line for line in lines if line.startswith(f"{queued} scp")]
     assert len(copies) == 1
-    assert "--node=all --worker=all --tunnel-through-iap" in copies[0]
+    assert "--worker=all --tunnel-through-iap --scp-flag=-oConnectTimeout=10 " in copies[0]
     (start,) = (line for line in lines if " start " in line)
     # Quoted for the shell here, and in it for the shell there.
     words = subprocess.run(
@@ -337,6 +480,8 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud):
         (["create", "--slices=0"], "--slices is '0'"),
         (["create", "--colour=red"], "--colour=red is not a setting"),
         (["create", "--poll=soon"], "--poll is 'soon'"),
+        (["create", "--patience=0"], "--patience is '0'"),
+        (["create", "--delete"], "--delete is for 'up' and 'run', not 'create'"),
         (["create", "--max_restarts=some"], "--max_restarts is 'some'"),
         (["create", "--env_file=nowhere"], "--env_file is nowhere, which is not there"),
         (["create", "--", "python"], "'create' takes no command"),
