@@ -37,7 +37,7 @@ test-all: $(VENV)/.dev
 ## Three stages as two processes: one is killed, one told to end, and what they learn is the same as
 ## that of a run without stops. About four minutes on two cores.
 rehearsal: $(VENV)/.dev
-	$(RUN) -m pytest tests/launch/test_local.py -k rehearsal_learns $(PYTEST_ARGS)
+	$(RUN) -m pytest tests/launch/test_rehearsal.py -k rehearsal_learns $(PYTEST_ARGS)
 
 ## Kills, full disks, damaged files and the like, in real runs: about forty minutes on two cores.
 faults: $(VENV)/.dev

@@ -40,9 +40,6 @@ VARIANTS = {
 BUILD = "build"  # the lock of what installs the others
 LOCKS = (BUILD, *VARIANTS)
 
-_LOCKS = flags.DEFINE_list("locks", list(LOCKS), f"Which to write: {', '.join(LOCKS)}.")
-_UPGRADE = flags.DEFINE_bool("upgrade", False, "Take the newest version of what is not installed.")
-
 _UV = (
     *("uv", "pip", "compile", "--quiet", "--generate-hashes"),
     *("--python-version", "3.11"),
@@ -53,14 +50,20 @@ _UV = (
 _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", re.MULTILINE)
 
 
+def define_flags() -> None:
+    flags.DEFINE_list("locks", list(LOCKS), f"Which to write: {', '.join(LOCKS)}.")
+    flags.DEFINE_bool("upgrade", False, "Take the newest version of what is not installed.")
+
+
 def main() -> None:
-    if unknown := set(_LOCKS.value) - set(LOCKS):
+    args = flags.FLAGS
+    if unknown := set(args.locks) - set(LOCKS):
         raise InputError(f"--locks={','.join(sorted(unknown))}: there are {', '.join(LOCKS)}.")
     tested = installed()
     FOLDER.mkdir(exist_ok=True)
-    for name in _LOCKS.value:
+    for name in args.locks:
         path = FOLDER / f"{name}.txt"
-        kept = {} if _UPGRADE.value else pins(path)
+        kept = {} if args.upgrade else pins(path)
         # The pip of an environment is as old as its Python; an image gets a newer one.
         path.write_text(compile_lock(name, kept if name == BUILD else {**kept, **tested}))
         locked = pins(path)
@@ -115,4 +118,5 @@ def compile_lock(name: str, preferred: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -59,27 +59,32 @@ BASELINE = (
     "NET_BIND_SERVICE", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
 )  # fmt: skip
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "A file in launch/gke/topologies: v5e-256.")
-_JOB = flags.DEFINE_string("job", None, f"One of {', '.join(TEMPLATES)}.")
-_PROJECT = flags.DEFINE_string("project", None, "Your copy of launch/gke/project.yaml.")
-_FORMAT = flags.DEFINE_enum("format", "manifest", ["manifest", "xpk"], "Or a command of xpk.")
-_OUTPUT = flags.DEFINE_string("output", "-", "The file to write; - is the standard output.")
-_SET = flags.DEFINE_multi_string(
-    "set", [], "KEY=VALUE of the project or the topology, such as spot=true or data.stage1=data/x."
-)
-_ARG = flags.DEFINE_multi_string("arg", [], "Added to the job's command; may be repeated.")
+
+def define_flags() -> None:
+    flags.DEFINE_string("topology", None, "A file in launch/gke/topologies: v5e-256.")
+    flags.DEFINE_string("job", None, f"One of {', '.join(TEMPLATES)}.")
+    flags.DEFINE_string("project", None, "Your copy of launch/gke/project.yaml.")
+    flags.DEFINE_enum("format", "manifest", ["manifest", "xpk"], "Or a command of xpk.")
+    flags.DEFINE_string("output", "-", "The file to write; - is the standard output.")
+    flags.DEFINE_multi_string(
+        "set",
+        [],
+        "KEY=VALUE of the project or the topology, such as spot=true or data.stage1=data/x.",
+    )
+    flags.DEFINE_multi_string("arg", [], "Added to the job's command; may be repeated.")
 
 
 def main() -> None:
-    values = load(_TOPOLOGY.value, _PROJECT.value, _SET.value)
-    text = {"manifest": render, "xpk": xpk}[_FORMAT.value](_JOB.value, values, _ARG.value)
-    if _OUTPUT.value == "-":
+    args = flags.FLAGS
+    values = load(args.topology, args.project, args.set)
+    text = {"manifest": render, "xpk": xpk}[args.format](args.job, values, args.arg)
+    if args.output == "-":
         sys.stdout.write(text)
         return
     try:
-        pathlib.Path(_OUTPUT.value).write_text(text)
+        pathlib.Path(args.output).write_text(text)
     except OSError as error:
-        raise InputError(f"--output={_OUTPUT.value} cannot be written: {error.strerror}.") from None
+        raise InputError(f"--output={args.output} cannot be written: {error.strerror}.") from None
 
 
 def topologies() -> list[str]:
@@ -591,4 +596,5 @@ def _texts(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main, required=("topology", "job", "project"))

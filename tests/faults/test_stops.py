@@ -19,6 +19,7 @@ def assert_equals_undisturbed(cluster, undisturbed, step):
     assert {s: numbers for s, numbers in cluster.losses().items() if s <= step} == expected
 
 
+@pytest.mark.slow
 def test_a_termination_of_one_saves_all_at_the_same_step_and_asks_for_a_restart(cluster):
     cluster.start("--config.train.checkpoint_every=100000").trains()
     began = time.monotonic()

@@ -23,6 +23,7 @@ def convert(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_chain_of_commands_ends_with_the_first_file(tmp_path):
     rng = np.random.default_rng(0)
     params = jax.tree.map(
