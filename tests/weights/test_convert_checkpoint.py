@@ -6,6 +6,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from lumina_jax.models.next_dit import NextDiTConfig, abstract_params
