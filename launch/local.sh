@@ -28,18 +28,10 @@
 # moved to a session of its own (setsid), stays.
 set -euo pipefail
 here=$(dirname "$0")
+# shellcheck source=launch/cli.sh
+. "$here/cli.sh"
 # shellcheck source=launch/verdict.sh
 . "$here/verdict.sh"
-
-usage() {
-  sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"
-  exit "$1"
-}
-
-die() {
-  echo "error: $1" >&2
-  exit 2
-}
 
 # whole NAME VALUE LEAST
 whole() {

@@ -23,16 +23,8 @@
 # ends with 0 if all was as it should be and with 1 if not. Run it from the root of the checkout.
 set -euo pipefail
 here=$(dirname "$0")
-
-usage() {
-  sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"
-  exit "$1"
-}
-
-die() {
-  echo "error: $1" >&2
-  exit 2
-}
+# shellcheck source=launch/cli.sh
+. "$here/cli.sh"
 
 # process_or_none NAME VALUE
 process_or_none() {

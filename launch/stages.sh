@@ -17,10 +17,9 @@
 # so the stage saves and leaves with 75. Run it from the root of the checkout, on every host alike.
 set -euo pipefail
 
-usage() {
-  sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"
-  exit "$1"
-}
+here=$(dirname "$0")
+# shellcheck source=launch/cli.sh
+. "$here/cli.sh"
 
 [[ ${1:-} != -h && ${1:-} != --help ]] || usage 0
 (($# >= 4)) || usage 2 >&2
@@ -29,15 +28,10 @@ workdir=${1%/}
 data=("$2" "$3" "$4")
 shift 4
 read -ra configs <<<"${STAGES:-configs/stage1.py configs/stage2.py configs/stage3.py}"
-if ((${#configs[@]} != 3)); then
-  echo "error: STAGES is '$STAGES'; needed: three configs." >&2
-  exit 2
-fi
+((${#configs[@]} == 3)) || die "STAGES is '$STAGES'; needed: three configs."
 python=${PYTHON:-.venv/bin/python}
-if ! type -P -- "$python" >/dev/null; then
-  echo "error: PYTHON=$python is not a program; needed: the interpreter, in the checkout's root." >&2
-  exit 2
-fi
+type -P -- "$python" >/dev/null ||
+  die "PYTHON=$python is not a program; needed: the interpreter, in the checkout's root."
 
 # A process group of its own, so that Ctrl-C reaches the stage through here alone: a second signal
 # would end it without a checkpoint.

@@ -51,18 +51,10 @@
 # Several hosts need the key in ssh's agent: ssh-add ~/.ssh/google_compute_engine
 set -euo pipefail
 here=$(dirname "$0")
+# shellcheck source=launch/cli.sh
+. "$here/cli.sh"
 # shellcheck source=launch/verdict.sh
 . "$here/verdict.sh"
-
-usage() {
-  sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"
-  exit "$1"
-}
-
-die() {
-  echo "error: $1" >&2
-  exit 2
-}
 
 say() { # word ...
   echo "[tpu_vm] $(date +%T) $*" >&2

@@ -68,7 +68,7 @@ class Cloud:
     def make_checkout(self):
         launch = self.checkout / "launch"
         (launch / "locks").mkdir(parents=True)
-        for name in ("tpu_vm.sh", "tpu_vm_host.sh", "verdict.sh"):
+        for name in ("cli.sh", "tpu_vm.sh", "tpu_vm_host.sh", "verdict.sh"):
             shutil.copy(ROOT / "launch" / name, launch / name)
         (launch / "locks/build.txt").write_text("pip==1 --hash=sha256:0\n")
         (launch / "locks/tpu.txt").write_text("jax==1 --hash=sha256:0\n")
